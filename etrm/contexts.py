@@ -14,9 +14,10 @@ from tqdm.auto import trange
 from .decoder import Decoder
 from .layers import truncated_normal_
 
-# %% ../nbs/api/06_contexts.ipynb #4a681151
+# %% ../nbs/api/06_contexts.ipynb #707b1697
 class PuzzleEmbedding(nn.Module):
     "TRM's table of learned puzzle embeddings: the context source that cannot meet a new task."
+    reads = ("puzzle_identifiers",)  # what it is called with, of a batch
     def __init__(self,
         num_identifiers: int,  # rows, the blank row 0 included
         puzzle_emb_ndim: int,  # numbers in a row, at most T * D

@@ -71,7 +71,7 @@ class Level(nn.Module):
         for layer in self.layers: x = layer(x, rotary)
         return x
 
-# %% ../nbs/api/05_decoder.ipynb #521e3548
+# %% ../nbs/api/05_decoder.ipynb #b2fec710
 class Decoder(nn.Module):
     "TRM's recursive decoder, steered by a context (arXiv 2510.04871)."
     def __init__(self,
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
 
     def cycle(self, z_H: Tensor, z_L: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
         "One H cycle: refine the reasoning L_cycles times, then the answer once."
-        for _ in range(self.config.L_cycles): z_L = self.L_level(z_L + z_H + e, (self.cos, self.sin))
+        for _ in range(self.config.L_cycles): z_L = self.L_level(z_L + (z_H + e), (self.cos, self.sin))
         return self.L_level(z_H + z_L, (self.cos, self.sin)), z_L
 
     def recur(self, z_H: Tensor, z_L: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:

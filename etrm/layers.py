@@ -43,7 +43,7 @@ def linear(
     if bias: nn.init.zeros_(layer.bias)
     return layer
 
-# %% ../nbs/api/04_layers.ipynb #d7cfc78d
+# %% ../nbs/api/04_layers.ipynb #3fc41e5c
 def rotary_tables(
     num_places: int,  # N
     head_dim: int,  # d, even
@@ -51,7 +51,7 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:  # cos and sin, each (N, d) float32
     "Cosines and sines of the rotary position embedding, half-rotation layout (arXiv 2104.09864)."
     if head_dim % 2: raise ValueError(f'rotary embedding needs an even head_dim, got {head_dim}: change hidden_size or num_heads')
-    theta = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    theta = 1 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(num_places, dtype=torch.float32), theta)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()

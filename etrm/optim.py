@@ -94,7 +94,7 @@ def lr_scale(
     progress = (step - config.lr_warmup_steps) / max(1, total_steps - config.lr_warmup_steps)
     return config.lr_min_ratio + (1 - config.lr_min_ratio) * .5 * (1 + math.cos(math.pi * min(1., progress)))
 
-# %% ../nbs/api/09_optim.ipynb #1010cf30
+# %% ../nbs/api/09_optim.ipynb #230d637f
 class EMA:
     "Exponential moving average of a module's trainable parameters."
     def __init__(self,
@@ -107,6 +107,7 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module):
         "One step towards the module's weights now."
+        if not self.average: return
         live = dict(module.named_parameters())
         torch._foreach_lerp_(list(self.average.values()), [live[n].detach() for n in self.average], 1 - self.rate)
 
