@@ -34,7 +34,7 @@ def scatter(
     background = round(len(colours) * (1 - share) / share)
     return np.array([0] * background + list(colours), np.uint8)[rng.integers(0, background + len(colours), shape)]
 
-# %% ../nbs/api/02_families.ipynb #c931e608
+# %% ../nbs/api/02_families.ipynb #e9b647c5
 class Family:
     "A parametric rule on grids: a subclass lists `parameters` and writes `apply`."
     name, parameters, shows, share = '', {}, (), 0.4
@@ -48,7 +48,7 @@ class Family:
     def allowed(self, params): return True
     def shown(self, params): return [c for key in self.shows for c in np.atleast_1d(params[key]).tolist()]
     def colours(self, rng, params, also=(), count=3):
-        "What the rule needs, what is asked for, and at least one other colour."
+        "The colours of an input: what the rule needs, what is asked for, and at least one more."
         needed = self.shown(params) + list(also)
         others = [c for c in (rng.permutation(9) + 1).tolist() if c not in needed]
         return needed + others[:max(1, count - len(needed))]
@@ -391,19 +391,22 @@ def combos(held_out: bool) -> list: # of (first, second) family names
     pairs = [(a, b) for a, b in permutations(KNOWN_FAMILIES, 2) if b != 'tile']     # a tiled grid would outgrow the canvas
     return [(a, b) for a, b in pairs if (stable_hash(f'{a}+{b}') % 4 == 0) == held_out]
 
-# %% ../nbs/api/02_families.ipynb #87373e3b
+# %% ../nbs/api/02_families.ipynb #8622dec1
 def sample_composition(
     rng: np.random.Generator,
     split: str, # train, validation or compositions
     canvas: int=6,
 ) -> Rule:
-    "A composition of two training rules, of which most pairs are informative."
+    "A composition of two training rules that shows both in most of its pairs."
     pairs = combos(split == 'compositions')
     for _ in range(10 * MAX_TRIES):
         choices = [split_rules('train')[name] for name in pairs[rng.integers(len(pairs))]]
         rule = compose(*[rules[rng.integers(len(rules))] for rules in choices])
         if rule_split(rule) != split: continue
-        if sum(informative(draw_grids(rule.parts, rng, canvas), canvas) for _ in range(8)) >= 6: return rule
+        draws = [grids for grids in (draw_grids(rule.parts, rng, canvas) for _ in range(8)) if informative(grids, canvas)]
+        if split != 'train':    # solving the second part alone must not solve a held-out composition
+            draws = [grids for grids in draws if not np.array_equal(rule.parts[1].apply(grids[0]), grids[-1])]
+        if len(draws) >= 6: return rule
     raise FamilyError(f'no composition for split {split!r} on canvas {canvas}: only train, validation and compositions have them')
 
 # %% ../nbs/api/02_families.ipynb #61a2a577
@@ -432,12 +435,12 @@ def sample_rules(
         out[left[list(left)[rng.integers(len(left))]].pop()] = None
     return list(out)
 
-# %% ../nbs/api/02_families.ipynb #86f44763
+# %% ../nbs/api/02_families.ipynb #bb23ba1d
 POOLS = {'train': (0, 1, 2, 3, 8, 9, 10, 11), 'fresh': (4,), 'validation': (12,),
          'instances': (5, 13), 'compositions': (6, 14), 'families': (7, 15)}    # remainders modulo 16
 
 def hash_grids(
-    pairs: list, # N pairs of (h, w) grids
+    pairs: list, # N of (input, output), (h, w) uint8 each
     canvas: int=6,
 ) -> np.ndarray: # (N,) uint64
     "The canonical hashes of many pairs at once."

