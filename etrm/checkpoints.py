@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'strip_prefix', 'load_strictly', 'load_checkpoint', 'read_tensors', 'official_part',
            'read_safetensors', 'read_pickle', 'read_config', 'decoder_config', 'table_from', 'save_checkpoint',
-           'load_training_state', 'compare_decoders']
+           'load_training_state', 'compare_decoders', 'describe']
 
 # %% ../nbs/api/10_checkpoints.ipynb #0424edde
 import os
@@ -177,3 +177,14 @@ def compare_decoders(
             verdict = 'equal' if difference <= tolerance else 'differs'
         rows.append(dict(name=name, verdict=verdict, difference=difference))
     return rows
+
+# %% ../nbs/api/10_checkpoints.ipynb #7dcaa3c9
+def describe(
+    path: str | Path,  # an official or own checkpoint
+) -> dict:
+    "What a checkpoint is: its format, its parts, their sizes, its configuration."
+    tensors = read_tensors(path)
+    parts = {part: dict(tensors=len(t), parameters=sum(x.numel() for x in t.values()), norm=round(float(sum(x.double().square().sum() for x in t.values())**.5), 4)) for part, t in tensors.items() if t}
+    own = Path(path).is_dir() or Path(path).suffix == '.safetensors'
+    return dict(path=str(path), format='etrm' if own else 'official TRM', resumable=(Path(path) / 'training_state.pt').exists(),
+                rows=tensors['table']['weights'].shape[0] if tensors['table'] else 0, parts=parts, config=read_config(path))

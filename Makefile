@@ -1,0 +1,40 @@
+# The two commands: make run, make test. Then: make lab.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# one thread a process: the tests run two notebooks at once
+TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=disabled MPLBACKEND=agg
+
+.PHONY: run test lab readme export clean
+
+run: $(VENV)/.installed        ## environment, then the frozen-decoder experiment
+	$(BIN)/etrm run
+
+test: $(VENV)/.installed-dev   ## environment, then: nothing differs after export, notebooks, pytest
+	$(BIN)/python tests/check_exported.py
+	PATH="$(abspath $(BIN)):$$PATH" $(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --timing
+	PATH="$(abspath $(BIN)):$$PATH" $(TEST_ENV) $(BIN)/pytest -q tests
+
+lab: $(VENV)/.installed-dev    ## JupyterLab on the experiment
+	$(BIN)/jupyter lab nbs/03_frozen_decoder.ipynb
+
+readme: $(VENV)/.installed-dev ## README.md from nbs/index.ipynb
+	$(BIN)/python nbs/_readme.py
+
+export: $(VENV)/.installed-dev ## after editing a notebook: clean, export, README
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_clean
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_export
+	$(BIN)/python nbs/_readme.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) _proc _docs

@@ -1,0 +1,154 @@
+"""The decoder against what the official program wrote down: tensors, answers, losses, gradients, predictions.
+
+The fixture's weights are random, and sixteen steps of recursion amplify rounding about a thousandfold: 5e-6 in the logits of step 0 is
+5e-3 at step 15, in the fixture itself (against float64) as in any other float32 run. Its numbers were computed with AVX2 kernels. So the
+answers are computed in a process of their own that is held to AVX2; there they agree to the last bit, and 1e-4 is a fair demand at every step.
+"""
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from etrm.checkpoints import compare_decoders, load_checkpoint, read_tensors
+from etrm.decoder import Decoder
+from etrm.losses import trm_loss
+
+ROOT = Path(__file__).parents[1]
+FIXTURE = ROOT.parent/'shared'/'fixtures'/'official_trm_small'
+pytestmark = pytest.mark.skipif(not FIXTURE.is_dir(), reason=f'no official decoder fixture at {FIXTURE}')
+PREFIX, CANVAS, FAULT = '_orig_mod.model.inner.', 10, 6  # FAULT: an L_cycles that is not the checkpoint's 4
+AVX2 = dict(ATEN_CPU_CAPABILITY='avx2', MKL_ENABLE_INSTRUCTIONS='AVX2', ONEDNN_MAX_CPU_ISA='AVX2', OMP_NUM_THREADS='1')
+TOLERANCE = 1e-4
+
+
+def load(): return load_checkpoint(FIXTURE/'step_1', canvas=CANVAS)
+
+
+def expectation(): return torch.load(FIXTURE/'expected.pt', weights_only=True)
+
+
+def with_cycles(decoder, cycles):
+    "The same weights under another L_cycles, which runs without complaint."
+    other = Decoder(decoder.config.model_copy(update=dict(L_cycles=cycles)))
+    other.load_state_dict(decoder.state_dict())
+    return other.eval()
+
+
+def evaluate(decoder, table, batch, steps):
+    "Logits, q_halt and summed losses of every supervision step in evaluation."
+    found, carry, context = [], decoder.initial_carry(len(batch['inputs'])), table(batch['puzzle_identifiers'])
+    for _ in range(steps):
+        with torch.no_grad(): carry, logits, (q_halt, _) = decoder(carry, batch['inputs'], context)
+        loss, sums = trm_loss(logits, q_halt, batch['labels'])
+        found.append(dict(logits=logits, q_halt_logits=q_halt, loss=loss.sum(), lm_loss=sums['lm_loss'].sum(), q_halt_loss=sums['q_halt_loss'].sum()))
+    return found
+
+
+def train(decoder, table, batch):
+    "One training step from a fresh carry: losses are summed over the batch, the gradient is that of their mean."
+    decoder.train().requires_grad_(True); table.train()
+    context = table(batch['puzzle_identifiers'])
+    carry, logits, (q_halt, _) = decoder(decoder.initial_carry(len(context)), batch['inputs'], context)
+    loss, sums = trm_loss(logits, q_halt, batch['labels'])
+    loss.mean().backward()
+    halted, totals = carry.halted, ('lm_loss', 'q_halt_loss')  # the official program counts metrics where a slot halts, losses everywhere
+    metrics = {name: (s if name in totals else s[halted]).sum() for name, s in sums.items()} | dict(steps=carry.steps[halted].sum())
+    return dict(loss=loss.detach().sum(), metrics=metrics, grad_norm={n: p.grad.norm() for n, p in decoder.named_parameters()},
+                context_grad=table.touched[1].grad)
+
+
+def compute(steps=16):
+    "Everything the tests compare, in this process."
+    decoder, table, _ = load()
+    batch = {name: values.long() for name, values in expectation()['batch'].items()}
+    return dict(capability=torch.backends.cpu.get_cpu_capability(), eval=evaluate(decoder, table, batch, steps),
+                fault=evaluate(with_cycles(decoder, FAULT), table, batch, steps), train=train(decoder, table, batch))
+
+
+@pytest.fixture(scope='module')
+def expected(): return expectation()
+
+
+@pytest.fixture(scope='module')
+def native(): return compute(steps=2)
+
+
+@pytest.fixture(scope='module')
+def answers(native, tmp_path_factory):
+    "Computed with AVX2 kernels, in a process that is told so before torch is loaded."
+    if platform.machine().lower() not in ('x86_64', 'amd64') or not native['capability'].startswith('AVX'):
+        pytest.skip(f"the late steps depend on AVX2 rounding, this processor has {native['capability']}: steps 0 and 1 are still checked")
+    out = tmp_path_factory.mktemp('official')/'answers.pt'
+    done = subprocess.run([sys.executable, __file__, str(out)], env=os.environ | AVX2 | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+def check_logits(found, expected, steps=None):
+    "Logits agree at every step the official program wrote them down for (or at those of `steps`)."
+    given = [i for i, x in enumerate(expected) if 'logits' in x and (steps is None or i in steps)]
+    assert given
+    for i in given: torch.testing.assert_close(found[i]['logits'], expected[i]['logits'], rtol=0, atol=TOLERANCE, msg=lambda m: f'step {i}: {m}')
+
+
+def close(found, expected):
+    "Relative agreement; the absolute part is for a q that happens to lie near zero."
+    torch.testing.assert_close(found.double(), expected.double(), rtol=TOLERANCE, atol=1e-6)
+
+
+def test_all_tensors_are_equal():
+    decoder, table, config = load()
+    raw = {n.removeprefix(PREFIX): t for n, t in torch.load(FIXTURE/'step_1', weights_only=True).items()}
+    official_table = raw.pop('puzzle_emb.weights')
+    assert (config['arch']['L_cycles'], decoder.config.L_cycles, decoder.config.puzzle_emb_len) == (4, 4, 4)
+    for other in (raw, read_tensors(FIXTURE/'step_1')['decoder']):
+        assert [row['verdict'] for row in compare_decoders(decoder.state_dict(), other)] == ['equal'] * 14
+    assert torch.equal(table.weights, official_table)
+
+
+def test_first_steps_agree_on_any_processor(native, expected):
+    check_logits(native['eval'], expected['eval'], steps=(0, 1))
+
+
+def test_logits_agree_at_every_given_step(answers, expected):
+    assert [i for i, x in enumerate(expected['eval']) if 'logits' in x] == [0, 1, 15]
+    check_logits(answers['eval'], expected['eval'])
+
+
+@pytest.mark.parametrize('name', ['q_halt_logits', 'loss', 'lm_loss', 'q_halt_loss'])
+def test_every_step_has_the_official_q_and_losses(answers, expected, name):
+    assert len(answers['eval']) == len(expected['eval']) == 16
+    for found, wanted in zip(answers['eval'], expected['eval']): close(found[name], wanted[name])
+
+
+def test_predictions_are_equal(answers, expected):
+    assert torch.equal(answers['eval'][-1]['logits'].argmax(-1), expected['preds'])
+
+
+def test_training_loss_and_metrics(answers, expected):
+    found, wanted = answers['train'], expected['train']
+    close(found['loss'], wanted['loss'])
+    assert found['metrics'].keys() == wanted['metrics'].keys()
+    for name, value in wanted['metrics'].items(): close(found['metrics'][name], value)
+
+
+def test_gradients(answers, expected):
+    found, wanted = answers['train'], expected['train']
+    norms = {name.removeprefix(PREFIX): norm for name, norm in wanted['grad_norm'].items()}
+    assert found['grad_norm'].keys() == norms.keys()
+    for name, norm in norms.items(): assert found['grad_norm'][name].item() == pytest.approx(norm.item(), rel=TOLERANCE), name
+    difference, size = (found['context_grad'] - wanted['context_grad']).norm(dim=1), wanted['context_grad'].norm(dim=1)
+    assert (difference <= TOLERANCE * size).all(), difference / size
+
+
+def test_another_number_of_cycles_is_noticed(answers, native, expected):
+    for fault in (answers['fault'], native['fault']):
+        with pytest.raises(AssertionError, match='step 0'): check_logits(fault, expected['eval'])
+    assert not torch.equal(answers['fault'][-1]['logits'].argmax(-1), expected['preds'])
+
+
+if __name__ == '__main__': torch.save(compute(), sys.argv[1])
