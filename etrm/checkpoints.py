@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'strip_prefix', 'load_strictly', 'load_checkpoint', 'read_tensors', 'official_part',
            'read_safetensors', 'read_pickle', 'read_config', 'decoder_config', 'table_from', 'save_checkpoint',
-           'load_training_state', 'compare_decoders', 'describe']
+           'finish_interrupted_save', 'load_training_state', 'compare_decoders', 'describe']
 
 # %% ../nbs/api/10_checkpoints.ipynb #0424edde
 import os
@@ -131,7 +131,7 @@ def table_from(tensors: dict[str, Tensor], config: DecoderConfig) -> PuzzleEmbed
     table.weights = tensors['weights']
     return table.eval()
 
-# %% ../nbs/api/10_checkpoints.ipynb #b02190bb
+# %% ../nbs/api/10_checkpoints.ipynb #4b6bf8eb
 def save_checkpoint(
     path: str | Path,  # folder to make or replace
     parts: dict[str, torch.nn.Module],  # 'decoder', 'table', 'encoder': those there are
@@ -150,6 +150,13 @@ def save_checkpoint(
     if path.exists(): os.replace(path, old)
     os.replace(fresh, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_interrupted_save(path: str | Path):
+    "If a save was killed between its two renames, put the last good checkpoint back in its place."
+    path = Path(path)
+    old = path.with_name(path.name + '.old')
+    if old.exists() and not path.exists(): os.replace(old, path)
 
 
 def load_training_state(path: str | Path) -> dict:

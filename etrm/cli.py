@@ -43,7 +43,7 @@ DECODER = typer.Option('checkpoints/lab_decoder', '--decoder', help='Checkpoint 
 RUNS = typer.Option('runs', '--runs', help='Folder in which the run makes its own.')
 WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline without an account, as WANDB_MODE says.')
 
-# %% ../nbs/api/20_cli.ipynb #2dc2f19f
+# %% ../nbs/api/20_cli.ipynb #accc5dc1
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB):
     "Run the frozen-decoder experiment: train an encoder, evaluate it beside all controls, give the verdict. Example: etrm run cfg_test_frozen_decoder train.steps=200"
@@ -62,13 +62,14 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
 
 
 @command
-def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB):
+def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
+          resume: Path = typer.Option(None, help='Folder of an interrupted run, to go on with.')):
     "Train an encoder through a decoder, without evaluating it. Example: etrm train cfg_test_frozen_decoder train.steps=100"
     c = load_config(config, tuple(overrides or ()))
     frozen, table, _ = load_checkpoint(decoder)
     c = c.model_copy(update=dict(decoder=frozen.config))
-    folder, plain = new_run_folder(runs, f'{c.name}-train'), c.model_dump(mode='json')
-    encoder = experiment.train_encoder(c, frozen, table, experiment.make_task_sets(c)[0], Record(folder, start_wandb(folder, folder.name, plain) if wandb else None))
+    folder, plain = resume or new_run_folder(runs, f'{c.name}-train'), c.model_dump(mode='json')
+    encoder = experiment.train_encoder(c, frozen, table, experiment.make_task_sets(c)[0], Record(folder, start_wandb(folder, folder.name, plain) if wandb else None), folder)
     save_checkpoint(folder / 'checkpoint', dict(decoder=frozen, encoder=encoder), plain)
     print(folder / 'checkpoint')
 
