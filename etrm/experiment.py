@@ -61,7 +61,7 @@ def arc_sets(config: ExperimentConfig) -> tuple[list[Task], dict[str, list[Task]
     if not train or not evaluation: raise ValueError(f'{c.source} has {len(train)} training and {len(evaluation)} evaluation tasks that fit {side}x{side}: choose a larger tasks.fit')
     return train, {'training tasks': train[:c.max_eval_groups or None], 'evaluation': evaluation[:c.max_eval_groups or None]}
 
-# %% ../nbs/api/18_experiment.ipynb #4178e210
+# %% ../nbs/api/18_experiment.ipynb #0bf48249
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
     "A fresh table for these puzzles."
     d = config.decoder
@@ -73,6 +73,8 @@ def pretrain(
     config: ExperimentConfig,
     folder: str | Path,  # of the run: record and checkpoint; a checkpoint found there is resumed
     wandb_run=None,
+    start: str | Path | None = None,  # checkpoint whose decoder and table are trained further, as by a second stage of other settings
+    until: int | None = None,  # stop after this many updates in all, on the schedule of the configured number
     device: str = 'cpu',
 ) -> tuple[Decoder, PuzzleEmbedding]:  # with averaged weights
     "Train a decoder and its table on the training tasks."
@@ -80,13 +82,16 @@ def pretrain(
     data = puzzle_data(train, config.decoder.canvas, config.tasks.num_aug, config.tasks.seed)
     torch.manual_seed(config.pretrain.seed)
     decoder, table = Decoder(config.decoder).to(device), new_table(config, data).to(device)
+    if start is not None:
+        tensors = read_tensors(start)
+        load_strictly(decoder, tensors['decoder'], str(start)); load_strictly(table, tensors['table'], str(start))
     trainer = Trainer(decoder, table, Stream(data, config.pretrain.global_batch_size, config.pretrain.seed, translate=config.translate), config.pretrain)
     save = resume_or_start(trainer, folder / 'checkpoint', dict(decoder=decoder, table=table), config)
     queries = own_views(sets['training tasks'], data, config.decoder.canvas)
     def evaluate():
         hits = exact_hits(decoder, table, queries, 0, config.evaluation.batch_size)
         return {'eval/exact_accuracy': float(hits.mean())}
-    trainer.run(Record(folder, wandb_run), evaluate, save)
+    trainer.run(Record(folder, wandb_run), evaluate, save, until)
     if trainer.ema: trainer.ema.swap(trainer.modules)
     save_checkpoint(folder / 'checkpoint', dict(decoder=decoder, table=table), config.model_dump(mode='json'))
     return decoder.eval(), table.eval()
