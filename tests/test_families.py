@@ -2,9 +2,10 @@
 import hashlib, json, os, subprocess, sys
 import numpy as np
 import pytest
-from etrm.families import (FAMILIES, HELD_OUT_FAMILIES, KNOWN_FAMILIES, POOLS, RULE_SPLITS, FamilyError, Rule, all_rules, hash_grids,
-                           make_task, make_tasks, rule_split, sample_rules, split_rules)
+from etrm.families import FAMILIES, HELD_OUT_FAMILIES, KNOWN_FAMILIES, all_rules
 from etrm.grids import Augmentation
+from etrm.rules import (POOLS, RULE_SPLITS, FamilyError, Rule, hash_grids, make_task, make_tasks, rule_split,
+                        sample_rules, split_rules)
 from etrm.tasks import LeakageError, Pair, Task, check_leakage
 
 def digest(tasks):
