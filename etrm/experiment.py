@@ -8,7 +8,7 @@ __all__ = ['make_task_sets', 'procedural_sets', 'arc_sets', 'new_table', 'pretra
            'train_encoder', 'check_decoder', 'gallery_rows', 'run', 'known_puzzles', 'verdict_of', 'write_results',
            'load_encoder', 'search_tasks', 'compare_contexts']
 
-# %% ../nbs/api/18_experiment.ipynb #d53f371b
+# %% ../nbs/api/18_experiment.ipynb #34b53650
 import json
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .data import PuzzleData, Stream, eval_batches, puzzle_data, to_labels
 from .decoder import Decoder
 from .diagnosis import Verdict, scenario
 from .encoders import DemoEncoder
-from .evaluation import clopper_pearson, pass_at_k, submission
+from .evaluation import clopper_pearson, exact, pass_at_k, submission
 from .rules import make_tasks, sample_rules
 from .losses import stablemax_cross_entropy
 from .plots import plot_contexts, plot_curves, plot_gallery, plot_results
@@ -113,7 +113,7 @@ def own_views(tasks: list[Task], known: PuzzleData, canvas: int) -> PuzzleData:
     data.identifiers[:] = [ids[n] for n in data.names]
     return data
 
-# %% ../nbs/api/18_experiment.ipynb #faeabbba
+# %% ../nbs/api/18_experiment.ipynb #333917b7
 @torch.no_grad()
 def contexts_of(
     source: nn.Module,  # a table or an encoder
@@ -149,7 +149,7 @@ def exact_hits(decoder: Decoder, source: nn.Module, data: PuzzleData, num_demos:
     "Which queries are answered right in every labelled place, without voting."
     predictions = answer(decoder, data, contexts_of(source, data, num_demos, batch_size)[0], batch_size)
     labels = np.concatenate([b['labels'] for b in eval_batches(data, batch_size)])
-    return ((predictions.outputs == labels) | (labels < 0)).all(1)
+    return exact(predictions.outputs, labels)
 
 # %% ../nbs/api/18_experiment.ipynb #3c180f7d
 def copy_answers(data: PuzzleData) -> Predictions:
