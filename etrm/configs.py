@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Settings', 'TasksConfig', 'TableConfig', 'EvaluationConfig', 'ExperimentConfig', 'config_names', 'load_config',
-           'read_yaml', 'merged', 'explain']
+           'read_yaml', 'merged', 'explain', 'section']
 
-# %% ../nbs/api/17_configs.ipynb #075f870a
+# %% ../nbs/api/17_configs.ipynb #91ab650a
 import difflib
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +19,7 @@ from .decoder import DecoderConfig
 from .encoders import EncoderConfig
 from .training import TrainConfig
 
-# %% ../nbs/api/17_configs.ipynb #53e166d6
+# %% ../nbs/api/17_configs.ipynb #8cc310b2
 class Settings(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True)
 
@@ -28,8 +28,8 @@ class TasksConfig(Settings):
     "Which tasks there are, and how many."
     source: Literal['families', 'arc1', 'arc2'] = 'families'
     fit: int = Field(0, ge=0, description='only tasks whose grids all fit a square of this side; 0 takes the canvas')
-    max_train_groups: int = Field(128, ge=0, description='the first N training tasks; 0 takes all')
-    max_eval_groups: int = Field(100, ge=0, description='the first N tasks of each evaluation set; 0 takes all')
+    max_train_groups: int = Field(128, ge=0, description='the first N training tasks; 0 takes all, where there is an end to them')
+    max_eval_groups: int = Field(100, ge=0, description='the first N tasks of each evaluation set; 0 takes all, or of procedural tasks 400')
     num_aug: int = Field(0, ge=0, description='augmented puzzles of each training task')
     pairs_per_task: int = Field(192, ge=2, description='training pairs of each procedural task')
     compositions: float = Field(.125, ge=0, le=1, description='share of compositions among procedural training tasks')
@@ -59,6 +59,7 @@ class ExperimentConfig(Settings):
     pretrain: TrainConfig = TrainConfig()
     encoder: dict = Field({}, description="keys of EncoderConfig; sizes that are the decoder's are filled in")
     train: TrainConfig = TrainConfig(freeze_decoder=True)
+    regression: TrainConfig | None = Field(None, description="before `train`: the encoder is fitted to the table's rows, through no decoder")
     num_demos: int = Field(4, ge=1, description='K, demonstrations of a query')
     query: Literal['any', 'test'] = 'any'
     translate: bool = False
@@ -71,7 +72,7 @@ class ExperimentConfig(Settings):
             if getattr(c, key) != getattr(decoder, key): raise ValueError(f'encoder.{key} is {getattr(c, key)}, but the frozen decoder was trained with {getattr(decoder, key)}')
         return c
 
-# %% ../nbs/api/17_configs.ipynb #b9aefa59
+# %% ../nbs/api/17_configs.ipynb #fc4d5fcc
 def config_names() -> list[str]:
     "The configurations that are shipped."
     return sorted(p.name.removesuffix('.yaml') for p in files('etrm').joinpath('configs').iterdir() if p.name.endswith('.yaml'))
@@ -116,8 +117,12 @@ def explain(error: ValidationError, name: str | Path) -> str:
         key, line = '.'.join(map(str, e['loc'])), f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}"
         if e['type'] == 'extra_forbidden':
             model = ExperimentConfig
-            for part in e['loc'][:-1]: model = model.model_fields[part].annotation
+            for part in e['loc'][:-1]: model = section(model.model_fields[part].annotation)
             near = difflib.get_close_matches(str(e['loc'][-1]), model.model_fields, 1)
             line = f'unknown key {key}' + (f'; did you mean {near[0]!r}?' if near else f'; there are {", ".join(model.model_fields)}')
         lines.append(line)
     return f'configuration {name}: ' + '; '.join(lines)
+
+def section(annotation) -> type:
+    "The model behind a field, optional or not."
+    return next((a for a in get_args(annotation) if a is not type(None)), annotation)

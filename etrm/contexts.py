@@ -80,7 +80,7 @@ def shuffled(contexts: Tensor, tasks: Tensor) -> Tensor:
 
 CONTROLS = {'zero': zero, 'mean': mean, 'noise': noise, 'shuffled': shuffled}
 
-# %% ../nbs/api/06_contexts.ipynb #26e2bad8
+# %% ../nbs/api/06_contexts.ipynb #07ef2262
 def search(
     decoder: Decoder,  # frozen here, whatever it was
     demo_inputs: Tensor,  # (B, K, S) tokens
@@ -92,6 +92,7 @@ def search(
     lr: float = .05,  # of Adam on the context
     supervision_steps: int = 2,  # decoder steps per gradient step
     progress: bool = False,  # show a bar
+    watch=None,  # called with the number of steps taken and the contexts, before each step and at the end
 ) -> tuple[Tensor, Tensor]:  # contexts (B, T, D), losses (steps, B)
     "Contexts fitted to each task's demonstrations by Adam through the frozen decoder."
     B, K, S = demo_inputs.shape
@@ -100,13 +101,15 @@ def search(
     inputs, labels, weight = demo_inputs.reshape(B * K, S), demo_labels.reshape(B * K, S), demo_mask / demo_mask.sum(1, keepdim=True)
     trains, was_training = [p.requires_grad for p in decoder.parameters()], decoder.training
     decoder.requires_grad_(False).eval()
-    for _ in trange(steps, disable=not progress, desc='search'):
+    for step in trange(steps, disable=not progress, desc='search'):
+        if watch: watch(step, context.detach())
         carry, total = decoder.initial_carry(B * K), 0.
         for _ in range(supervision_steps):
             carry, logits, _ = decoder(carry, inputs, context.repeat_interleave(K, 0))
             total = total + (loss(logits, labels).view(B, K) * weight).sum(1)
         adam.zero_grad(); total.sum().backward(); adam.step()
         history.append(total.detach() / supervision_steps)
+    if watch: watch(steps, context.detach())
     decoder.train(was_training)
     for p, t in zip(decoder.parameters(), trains): p.requires_grad_(t)
     return context.detach(), torch.stack(history) if history else torch.zeros(0, B)

@@ -62,12 +62,13 @@ def _table(scores):
     if scores.missing: lines += ['', f'{scores.missing} of {scores.rows[0].n_inputs} test inputs have no prediction and count as unsolved.']
     return '\n'.join(lines)
 
-# %% ../nbs/api/13_evaluation.ipynb #170e5e16
+# %% ../nbs/api/13_evaluation.ipynb #24150438
 @dataclass(frozen=True, repr=False)
 class Scores:
     "pass@k for several `k`"
     rows: tuple[Score, ...]
     missing: int = 0  # test inputs without any prediction
+    first: tuple[tuple[bool, ...], ...] = ()  # for each task, which test inputs the first candidate solves
 
     def __getitem__(self, k): return {s.k: s for s in self.rows}[k]
 
@@ -96,7 +97,7 @@ def _check_answers(votes, tasks, allow_missing):
                          'score only the tasks evaluated, or pass allow_missing=True to count them as unsolved')
     return sum(not found for task in tasks for found in votes[task.name])
 
-# %% ../nbs/api/13_evaluation.ipynb #77253ba8
+# %% ../nbs/api/13_evaluation.ipynb #7d76e1f1
 def pass_at_k(
     votes: Votes,
     tasks: list[Task],             # the tasks evaluated, with solutions: the denominator
@@ -107,7 +108,8 @@ def pass_at_k(
     missing = _check_answers(votes, tasks, allow_missing)
     if not k or min(k) < 1: raise ValueError(f'pass_at_k: k needs positive numbers of attempts, got {k}')
     ranks = [[_rank(found, pair.output) for found, pair in zip(votes[t.name], t.test)] for t in tasks]
-    return Scores(tuple(_score(n, [[rank < n for rank in task] for task in ranks]) for n in k), missing)
+    first = tuple(tuple(rank == 0 for rank in task) for task in ranks)
+    return Scores(tuple(_score(n, [[rank < n for rank in task] for task in ranks]) for n in k), missing, first)
 
 # %% ../nbs/api/13_evaluation.ipynb #eab62817
 def _rank(candidates, solution):

