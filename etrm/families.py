@@ -75,18 +75,16 @@ class Dihedral(Family):
         table[[a, b]] = b, a
         return dihedral(table[grid], params['transform'])
 
-# %% ../nbs/api/02_families.ipynb #d845e238
+# %% ../nbs/api/02_families.ipynb #0175fe56
 class Majority(Family):
     "The most common colour turns into `colour`, all others into `rest`."
     name, parameters = 'majority', dict(colour=COLOURS, rest=range(10))
     def allowed(self, params): return params['colour'] != params['rest']
     def sample_input(self, rng, params, canvas=6, also=()):
-        colours = self.colours(rng, params, also)
-        leader = [colours[rng.integers(len(colours))]] * len(colours)
-        while True:     # until one colour leads clearly
-            grid = scatter(rng, (canvas, canvas), colours + leader, self.share)
+        while True:     # until one colour leads
+            grid = super().sample_input(rng, params, canvas, also)
             counts = np.sort(np.bincount(grid[grid > 0], minlength=10))
-            if counts[-1] >= counts[-2] + max(1, canvas // 2): return grid
+            if counts[-1] > counts[-2]: return grid
     def apply(self, grid, params):
         counts = np.bincount(grid.ravel(), minlength=10)
         counts[0] = 0
@@ -283,9 +281,9 @@ class Size(Family):
         table = np.where(sizes == sizes.max(), params['large'], params['small']).astype(np.uint8)
         return np.where(objects > 0, table[objects], grid)
 
-# %% ../nbs/api/02_families.ipynb #796dd6dc
+# %% ../nbs/api/02_families.ipynb #bf4eadda
 FAMILIES = {family.name: family() for family in Family.__subclasses__()}
-HELD_OUT_FAMILIES = ('line', 'mirror', 'size')
+HELD_OUT_FAMILIES = ('line', 'majority', 'mirror', 'size')
 KNOWN_FAMILIES = tuple(name for name in FAMILIES if name not in HELD_OUT_FAMILIES)
 
 @lru_cache(None)
