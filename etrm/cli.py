@@ -6,7 +6,7 @@
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'command', 'run', 'pretrain', 'train', 'evaluate', 'number_of',
            'oracle', 'study', 'search', 'data', 'verify_decoder', 'inspect', 'compare_contexts', 'scenario', 'bench']
 
-# %% ../nbs/api/20_cli.ipynb #6766e72b
+# %% ../nbs/api/20_cli.ipynb #094808dd
 import functools
 import json
 import sys
@@ -17,6 +17,7 @@ import yaml
 
 from . import bench as benchmark
 from . import experiment, studies
+from .checks import CheckError, check_answers
 from .checkpoints import compare_decoders, describe, load_checkpoint, read_tensors, save_checkpoint
 from .configs import load_config
 from .data import puzzle_data, write_dataset
@@ -43,7 +44,7 @@ DECODER = typer.Option('checkpoints/lab_decoder', '--decoder', help='Checkpoint 
 RUNS = typer.Option('runs', '--runs', help='Folder in which the run makes its own.')
 WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline without an account, as WANDB_MODE says.')
 
-# %% ../nbs/api/20_cli.ipynb #bfa40852
+# %% ../nbs/api/20_cli.ipynb #7ed862ce
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB):
     "Run the frozen-decoder experiment: train an encoder, evaluate it beside all controls, give the verdict. Example: etrm run cfg_test_frozen_decoder train.steps=200"
@@ -115,7 +116,7 @@ def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or
 def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS,
           variants: str = typer.Option(None, help='Only these, separated by commas.'), seeds: str = typer.Option(None, help='Only these, separated by commas.'),
           out: Path = typer.Option(None, help='Write the rows of all finished runs here, as JSON.')):
-    "Run a study, one change at a time over several seeds; what is finished is not run again. Example: etrm study capacity --seeds 0 --variants report,strong"
+    "Run a study, one change at a time over several seeds; what is finished is not run again. Example: etrm study encoders --seeds 0 --variants report,strong"
     found = studies.load_study(name)
     rows = studies.run_study(found, decoder, runs / f'study-{found.name}', variants and variants.split(','), seeds and [int(s) for s in seeds.split(',')], tuple(overrides or ()))
     if out is not None: out.write_text(json.dumps(rows))
@@ -144,14 +145,20 @@ def data(config: str = typer.Argument('arc1_10x10', help='Name or YAML file.'), 
 
 
 @command
-def verify_decoder(trm_checkpoint: Path = typer.Option(..., help='The pre-trained decoder.'), etrm_checkpoint: Path = typer.Option(..., help='What was trained on top of it.'), tolerance: float = 0.):
-    "Check that both checkpoints hold the same decoder: exit 0 if all tensors are equal, else 1. Example: etrm verify-decoder --trm-checkpoint checkpoints/lab_decoder --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"
+def verify_decoder(trm_checkpoint: Path = typer.Option(..., help='The pre-trained decoder.'), etrm_checkpoint: Path = typer.Option(..., help='What was trained on top of it.'), tolerance: float = 0.,
+                   canvas: int = typer.Option(None, help='Side of the canvas, which official files do not say; 30 if not given.')):
+    "Check that both checkpoints hold the same decoder: exit 0 if all tensors are equal and, run as configured, it answers the same; else 1. Example: etrm verify-decoder --trm-checkpoint checkpoints/lab_decoder --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"
     rows = compare_decoders(*(read_tensors(p)['decoder'] for p in (trm_checkpoint, etrm_checkpoint)), tolerance)
     if not rows: raise ValueError(f'neither {trm_checkpoint} nor {etrm_checkpoint} holds a decoder')
     for r in rows: print(f"{r['verdict']:<11} {r['name']}  {r['difference']:.3g}")
     equal = sum(r['verdict'] == 'equal' for r in rows)
     print(f'{equal} of {len(rows)} decoder tensors equal')
     if equal < len(rows): raise typer.Exit(1)
+    try: found = check_answers(*(load_checkpoint(p, canvas)[0] for p in (trm_checkpoint, etrm_checkpoint)), tolerance=max(tolerance, 1e-4))
+    except CheckError as error:
+        print(f'answers differ: {error}')
+        raise typer.Exit(1) from error
+    print(f"answers equal: logits differ by {found['difference']:.3g} at most")
 
 
 @command

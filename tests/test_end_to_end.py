@@ -38,7 +38,7 @@ def etrm(*arguments, **options):
 def test_shipped_decoder_solves_its_own_tasks_on_fresh_queries(lab):
     config, decoder, table, train, sets = lab
     hits = exact_hits(decoder, table, own_views(sets['training tasks'], puzzle_data(train, config.decoder.canvas), config.decoder.canvas), 0, 256)
-    assert hits.mean() >= .85, f'{hits.sum()} of {len(hits)}, interval {clopper_pearson(int(hits.sum()), len(hits))}'
+    assert hits.mean() >= .9, f'{hits.sum()} of {len(hits)}, interval {clopper_pearson(int(hits.sum()), len(hits))}'
 
 
 def test_table_rows_matter_to_the_shipped_decoder(lab):
@@ -93,7 +93,7 @@ def test_full_size_configuration_is_the_official_one():
 
 def test_command_line_in_its_own_process(tmp_path):
     same = etrm('verify-decoder', '--trm-checkpoint', LAB, '--etrm-checkpoint', LAB)
-    assert (same.returncode, same.stdout.splitlines()[-1]) == (0, '14 of 14 decoder tensors equal')
+    assert (same.returncode, same.stdout.splitlines()[-2]) == (0, '14 of 14 decoder tensors equal')
     wrong = etrm('run', 'cfg_test_frozen_decoder', 'train.step=5', '--runs', tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, '') and "did you mean 'steps'?" in wrong.stderr
     nothing = etrm('evaluate', tmp_path / 'nowhere')

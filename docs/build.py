@@ -1,0 +1,179 @@
+"""Build the site: notebooks as nbdev shows them, with a reference in place of exported code, to HTML by Sphinx. Nothing is executed."""
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from execnb.nbio import read_nb
+from nbdev.process import NBProcessor
+from nbdev.processors import clean_magics, hide_line, rm_header_dash, strip_ansi, strip_hidden_metadata
+from sphinx.cmd.build import main as sphinx_build
+
+import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, SOURCE, HTML = ROOT / 'nbs', ROOT / 'docs/_build/source', ROOT / 'docs/_build/html'
+LAB = 'http://localhost:8888/lab/tree/'  # where `make lab` answers; it serves nbs/
+HIDDEN = {'hide', 'default_exp', 'exporti'}
+LINK = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)')
+NAME = re.compile(r'(?<![`\[\w}])`([A-Za-z_][\w.]*)(\(\))?`(?![`\]])')
+
+
+def main() -> int:
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    names = [f.relative_to(NBS) for f in sorted(NBS.rglob('*.ipynb')) if not any(p[0] in '._' for p in f.relative_to(NBS).parts)]
+    known, files = known_names(names), {}
+    notebooks = {name: Page(name, known, files).notebook() for name in names}
+    notebooks[Path('index.ipynb')]['cells'].append(dict(cell_type='markdown', metadata={}, source=contents(names, files)))
+    for name, notebook in notebooks.items(): write(SOURCE / name, json.dumps(notebook, indent=1))
+    write_files(files, known)
+    return sphinx_build(['-W', '--keep-going', '-q', '-E', '-b', 'html', '-c', str(ROOT / 'docs'), '-d', str(ROOT / 'docs/_build/doctrees'), str(SOURCE), str(HTML)])
+
+
+class Page:
+    "One notebook on its way to the site."
+    def __init__(self, name: Path, known: dict, files: dict):
+        self.name, self.known, self.files = name, known, files
+        self.nb = NBProcessor(NBS / name, [strip_ansi, hide_line, rm_header_dash, clean_magics, strip_hidden_metadata], process=True).nb
+        sources = [c.source for c in self.nb.cells if 'export' in directives(c)]
+        self.module = next((f'etrm.{d["default_exp"][0]}' for d in map(directives, self.nb.cells) if 'default_exp' in d), None)
+        self.reader = reference.Reader(self.module, sources, known)
+        self.heading, self.sentence, self.titled = '', '', False
+
+    def notebook(self) -> dict:
+        cells = [c for cell in self.nb.cells if not HIDDEN & directives(cell).keys() for c in self.cells(cell)]
+        return dict(nbformat=4, nbformat_minor=4, metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'),
+                    language_info=dict(name='python', pygments_lexer='python')), cells=cells)
+
+    def cells(self, cell):
+        if cell.cell_type == 'markdown': yield self.markdown(cell.source)
+        elif cell.cell_type == 'code' and directives(cell).keys() & {'export', 'exports'}: yield from self.exported(cell)
+        elif cell.cell_type == 'code': yield from self.shown(cell)
+
+    def markdown(self, text: str) -> dict:
+        self.remember(text)
+        text = linked_names(self.links(text), self.known)
+        if not self.titled and (title := re.search(r'^# .*$', text, re.M)):
+            self.titled = True
+            text = text[:title.end()] + '\n\n' + self.opening() + text[title.end():]
+        return dict(cell_type='markdown', metadata={}, source=text)
+
+    def opening(self) -> str:
+        "What stands under a title: the module for the reference, and the way to the live notebook."
+        link = f'[Open in JupyterLab]({LAB}{self.name.as_posix()} "Runs on this machine: start `make lab` first")'
+        return (f':::{{py:module}} {self.module}\n:::\n\n' if self.module else '') + f'{{.live}}\n`nbs/{self.name.as_posix()}` · {link}'
+
+    def exported(self, cell):
+        if not cell.source.strip() or reference.only_imports(cell.source): return
+        if entries := self.reader.entries(cell.source): yield dict(cell_type='markdown', metadata={}, source=entries)
+        hidden = any(map(reference.is_definition, reference.ast.parse(cell.source).body)) and 'exports' not in directives(cell)
+        metadata = dict(tags=['hide-input'], mystnb=dict(code_prompt_show='Source', code_prompt_hide='Source')) if hidden else {}
+        yield code_cell(cell.source, [], metadata)
+
+    def shown(self, cell):
+        "A code cell, then its outputs: Markdown as Markdown, each image with its own alternative text."
+        options, outputs = directives(cell), list(cell.get('outputs', []))
+        if option(options, 'include') == 'false': return
+        if option(options, 'output') == 'false': outputs = []
+        source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|')).strip()
+        alt = ' '.join(options.get('fig-alt:', [])).strip('"\'') or self.alternative()
+        if source and option(options, 'echo') != 'false': yield code_cell(source, [], dict(tags=['hide-input']) if option(options, 'code-fold') == 'true' else {})
+        images = [o for o in outputs if is_image(o)]
+        for output in outputs:
+            if 'text/markdown' in output.get('data', {}): yield self.markdown(''.join(output['data']['text/markdown']))
+            elif output['output_type'] == 'stream' and output['name'] == 'stderr': continue  # progress bars and warnings
+            else:
+                number = f' ({1 + images.index(output)} of {len(images)})' if is_image(output) and len(images) > 1 else ''
+                yield code_cell('', [output], dict(tags=['remove-input'], mystnb=dict(image=dict(alt=alt + number))))
+
+    def remember(self, text: str):
+        "The last heading and the last sentence before a figure describe it."
+        prose = re.sub(r'^(```.*?^```|\$\$.*?\$\$|[|>:].*?$|    .*?$|!\[.*?$)', '', text, flags=re.S | re.M)
+        for line in filter(None, map(str.strip, prose.splitlines())):
+            if line.startswith('#'): self.heading, self.sentence = plain(line.lstrip('# ')), ''
+            else: self.sentence = plain(re.split(r'(?<=[.?!:])\s', line)[0])
+
+    def alternative(self) -> str: return ': '.join(filter(None, [self.heading, self.sentence])).rstrip('.: ') or str(self.name)
+
+    def links(self, text: str) -> str: return LINK.sub(lambda m: self.link(m, NBS / self.name.parent), text)
+
+    def link(self, match, folder: Path) -> str:
+        "A link to a page stays, an image or a Markdown file comes along, any other file is named by its path."
+        bang, label, target = match.groups()
+        if re.match(r'[a-z]+:|#', target): return match.group()
+        path = Path(os.path.normpath(folder / target.split('#')[0]))
+        if not path.exists() or ROOT not in path.parents: raise SystemExit(f'docs/build.py: nbs/{self.name}: dead link to {target}')
+        if path.suffix == '.ipynb' and not bang: return match.group()
+        inside = path.relative_to(ROOT).as_posix()
+        if not bang and path.suffix != '.md': return f'{label} (`{inside}`)' if inside not in label else label
+        self.files[inside] = path
+        return f"{bang}[{label or self.alternative()}]({'../' * (len(self.name.parts) - 1)}files/{inside})"
+
+
+def known_names(names) -> dict[str, tuple[str, str]]:
+    "Where the reference of each exported name is; a name of two modules only as module.name, and a command's name is a word first."
+    found = {}
+    for name in names:
+        cells = NBProcessor(NBS / name).nb.cells
+        module = next((d['default_exp'][0] for d in map(directives, cells) if 'default_exp' in d), None)
+        for cell in cells:
+            if 'export' not in directives(cell) or module == 'cli': continue
+            for symbol in reference.definitions(cell.source): found.setdefault(symbol, []).append((name.with_suffix('').as_posix(), f'etrm.{module}.{symbol}'))
+    return {symbol: places[0] for symbol, places in found.items() if len(places) == 1}
+
+
+def linked_names(text: str, known: dict) -> str:
+    "Names in backticks lead to the reference, but in headings and code blocks."
+    def role(match):
+        target = known.get(match[1])
+        return f'{{py:obj}}`{match[1]}{match[2] or ""} <{target[1]}>`' if target else match.group()
+    blocks = re.split(r'(^```.*?^```[^\n]*$)', text, flags=re.S | re.M)
+    lines = lambda block: '\n'.join(line if re.match(r'#|    ', line) else NAME.sub(role, line) for line in block.split('\n'))
+    return ''.join(block if block.startswith('```') else lines(block) for block in blocks)
+
+
+def write_files(files: dict, known: dict):
+    "Copy what pages show of the repository; a Markdown file becomes a page with its own links followed."
+    for inside, path in list(files.items()):
+        target = SOURCE / 'files' / inside
+        if path.suffix != '.md':
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        else: write(target, LINK.sub(lambda m: m.group() if re.match(r'[a-z]+:|#', m[3]) else m[2], linked_names(path.read_text(), known)))
+
+
+def contents(names, files) -> str:
+    "The navigation: findings first, then the library."
+    findings = [n.stem for n in names if len(n.parts) == 1 and n.stem != 'index']
+    pages = [f"files/{f.removesuffix('.md')}" for f in files if f.endswith('.md')]
+    groups = {'Findings': findings, 'Library': [n.with_suffix('').as_posix() for n in names if n.parts[0] == 'api'], 'Repository': [*pages, 'genindex']}
+    tree = lambda caption, pages: f':::{{toctree}}\n:caption: {caption}\n:hidden:\n\n' + '\n'.join(pages) + '\n:::'
+    return '\n\n'.join(tree(c, p) for c, p in groups.items() if p)
+
+
+def code_cell(source, outputs, metadata) -> dict:
+    return dict(cell_type='code', execution_count=None, metadata=metadata, source=source, outputs=[dict(o, **({'execution_count': None} if o['output_type'] == 'execute_result' else {})) for o in outputs])
+
+
+def plain(text: str) -> str: return re.sub(r'[*`$\\\[\]]|\]\([^)]*\)', '', re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', text)).strip()
+
+
+def directives(cell) -> dict: return getattr(cell, 'directives_', None) or {}
+
+
+def option(options: dict, name: str) -> str: return ' '.join(options.get(f'{name}:', [])).lower()
+
+
+def is_image(output) -> bool: return any(k.startswith('image/') for k in output.get('data', {}))
+
+
+def write(path: Path, text: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+if __name__ == '__main__':
+    os.chdir(ROOT)  # nbdev looks for settings.ini
+    sys.exit(main())
