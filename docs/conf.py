@@ -1,15 +1,20 @@
 """Sphinx: notebooks with the outputs they were committed with; no network at build time, none in the browser."""
+import html
+import re
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import EXTERNAL
 
+logger = logging.getLogger(__name__)
 settings = ConfigParser()
 settings.read(Path(__file__).parent.parent / 'settings.ini')
 project, release = settings['DEFAULT']['lib_name'], settings['DEFAULT']['version']
@@ -34,17 +39,25 @@ html_css_files = ['site.css']
 html_favicon = '_static/favicon.svg'
 html_show_sourcelink = False
 html_copy_source = False
+html_context = dict(default_mode='auto')  # light or dark as the reader's system
 html_math_renderer = 'mathml'  # drawn by the browser: no script from elsewhere
 html_theme_options = dict(use_download_button=False, use_fullscreen_button=False, home_page_in_toc=True, show_toc_level=2)
 
 
+def mathml(node, block) -> str:
+    source = re.sub(r'\\([Bb]igg?)(?![A-Za-z])', r'\\\1l', node.astext())  # docutils knows \Bigl, not \Big
+    try: return tex2mathml(source, as_block=block)
+    except MathError as error: logger.warning('equation: %s', error, location=node)
+    return html.escape(source)
+
+
 def inline_math(writer, node):
-    writer.body.append(tex2mathml(node.astext(), as_block=False))
+    writer.body.append(mathml(node, False))
     raise nodes.SkipNode
 
 
 def block_math(writer, node):
-    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    writer.body.append(f'<div class="math">{mathml(node, True)}</div>')
     raise nodes.SkipNode
 
 
