@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'command', 'run', 'pretrain', 'train', 'evaluate', 'number_of',
-           'oracle', 'study', 'search', 'data', 'verify_decoder', 'inspect', 'compare_contexts', 'scenario', 'bench']
+           'oracle', 'study', 'search', 'data', 'verify_decoder', 'sizes_of', 'inspect', 'compare_contexts', 'scenario',
+           'bench']
 
-# %% ../nbs/api/20_cli.ipynb #094808dd
+# %% ../nbs/api/20_cli.ipynb #1bd0cb07
 import functools
 import json
 import sys
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import typer
 import yaml
+from pydantic import ValidationError
 
 from . import bench as benchmark
 from . import experiment, studies
-from .checks import CheckError, check_answers
-from .checkpoints import compare_decoders, describe, load_checkpoint, read_tensors, save_checkpoint
+from .checks import CheckError, check_answers, config_differences
+from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_tensors, save_checkpoint
 from .configs import load_config
 from .data import puzzle_data, write_dataset
+from .decoder import DecoderConfig
 from .tasks import load_folder
 from .tracking import Record, new_run_folder, read_record, start_wandb
 
@@ -44,7 +47,7 @@ DECODER = typer.Option('checkpoints/lab_decoder', '--decoder', help='Checkpoint 
 RUNS = typer.Option('runs', '--runs', help='Folder in which the run makes its own.')
 WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline without an account, as WANDB_MODE says.')
 
-# %% ../nbs/api/20_cli.ipynb #7ed862ce
+# %% ../nbs/api/20_cli.ipynb #da4085ed
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB):
     "Run the frozen-decoder experiment: train an encoder, evaluate it beside all controls, give the verdict. Example: etrm run cfg_test_frozen_decoder train.steps=200"
@@ -147,10 +150,11 @@ def data(config: str = typer.Argument('arc1_10x10', help='Name or YAML file.'), 
 @command
 def verify_decoder(trm_checkpoint: Path = typer.Option(..., help='The pre-trained decoder.'), etrm_checkpoint: Path = typer.Option(..., help='What was trained on top of it.'), tolerance: float = 0.,
                    canvas: int = typer.Option(None, help='Side of the canvas, which official files do not say; 30 if not given.')):
-    "Check that both checkpoints hold the same decoder: exit 0 if all tensors are equal and, run as configured, it answers the same; else 1. Example: etrm verify-decoder --trm-checkpoint checkpoints/lab_decoder --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"
+    "Check that both checkpoints hold the same decoder: exit 0 if all tensors are equal and, run as configured, it answers the same; else 1. Keys in which the configurations differ are named. Example: etrm verify-decoder --trm-checkpoint checkpoints/lab_decoder --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"
     rows = compare_decoders(*(read_tensors(p)['decoder'] for p in (trm_checkpoint, etrm_checkpoint)), tolerance)
     if not rows: raise ValueError(f'neither {trm_checkpoint} nor {etrm_checkpoint} holds a decoder')
     for r in rows: print(f"{r['verdict']:<11} {r['name']}  {r['difference']:.3g}")
+    for key in config_differences(*(sizes_of(p, canvas) for p in (trm_checkpoint, etrm_checkpoint))): print(f'config      {key}')
     equal = sum(r['verdict'] == 'equal' for r in rows)
     print(f'{equal} of {len(rows)} decoder tensors equal')
     if equal < len(rows): raise typer.Exit(1)
@@ -159,6 +163,12 @@ def verify_decoder(trm_checkpoint: Path = typer.Option(..., help='The pre-traine
         print(f'answers differ: {error}')
         raise typer.Exit(1) from error
     print(f"answers equal: logits differ by {found['difference']:.3g} at most")
+
+
+def sizes_of(checkpoint: Path, canvas: int | None) -> DecoderConfig:
+    "The decoder's part of a checkpoint's configuration."
+    try: return decoder_config(read_config(checkpoint), canvas)
+    except ValidationError as error: raise CheckpointError(f'{checkpoint}: its configuration does not describe a decoder: {error}') from error
 
 
 @command

@@ -1,16 +1,16 @@
 """Faults planted in the lab's decoder, encoder and data: each is caught by the check that is named for it."""
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from etrm.checkpoints import CheckpointError, load_checkpoint
 from etrm.checks import CheckError, check_answers, check_contexts, check_gradients
+from etrm.cli import app
 from etrm.configs import load_config
 from etrm.data import Stream, puzzle_data
 from etrm.encoders import DemoEncoder
@@ -24,15 +24,16 @@ NAME = 'L_level.layers.0.self_attn.qkv_proj.weight'
 
 @pytest.fixture(scope='module')
 def lab():
-    config = load_config('cfg_test_frozen_decoder', ('tasks.max_eval_groups=8',))
+    config = load_config('cfg_test_frozen_decoder', ('tasks.max_train_groups=24', 'tasks.max_eval_groups=8'))
     decoder, table, _ = load_checkpoint(LAB)
     train, sets = make_task_sets(config)
-    batch = to_tensors(Stream(puzzle_data(train, 5), 256, 0, config.num_demos).batch(0))
+    batch = to_tensors(Stream(puzzle_data(train, 5), 96, 0, config.num_demos).batch(0))
     return config, decoder, table, train, sets, batch
 
 
-def verify(trm, etrm):
-    return subprocess.run([sys.executable, '-m', 'etrm.cli', 'verify-decoder', '--trm-checkpoint', str(trm), '--etrm-checkpoint', str(etrm)], capture_output=True, text=True)
+def verify(trm, etrm):  # in this process: test_end_to_end runs the command in one of its own
+    "`etrm verify-decoder`: its result with exit_code, stdout and stderr."
+    return CliRunner().invoke(app, ['verify-decoder', '--trm-checkpoint', str(trm), '--etrm-checkpoint', str(etrm)])
 
 
 def copy_with(folder, change):
@@ -44,21 +45,39 @@ def copy_with(folder, change):
     return folder
 
 
+def change_config(folder, **keys):
+    "Change keys of the decoder's configuration in a checkpoint folder."
+    config = yaml.safe_load((folder / 'config.yaml').read_text())
+    config['decoder'].update(keys)
+    (folder / 'config.yaml').write_text(yaml.safe_dump(config))
+    return folder
+
+
 def test_wrong_l_cycles_passes_the_weights_and_fails_the_answers(tmp_path):
-    shutil.copytree(LAB, tmp_path / 'wrong')
-    config = yaml.safe_load((tmp_path / 'wrong' / 'config.yaml').read_text())
-    config['decoder']['L_cycles'] = 3
-    (tmp_path / 'wrong' / 'config.yaml').write_text(yaml.safe_dump(config))
-    sound, wrong = verify(LAB, LAB), verify(LAB, tmp_path / 'wrong')
-    assert (sound.returncode, wrong.returncode) == (0, 1), sound.stderr + wrong.stderr
-    assert '14 of 14 decoder tensors equal' in wrong.stdout and 'L_cycles 2 against 3' in wrong.stdout
-    assert 'answers equal' in sound.stdout
+    wrong = change_config(copy_with(tmp_path / 'wrong', lambda tensors: None), L_cycles=3)
+    sound, found = verify(LAB, LAB), verify(LAB, wrong)
+    assert (sound.exit_code, found.exit_code) == (0, 1), sound.stderr + found.stderr
+    assert '14 of 14 decoder tensors equal' in found.stdout and 'config      L_cycles 2 against 3' in found.stdout and 'answers differ' in found.stdout
+    assert 'answers equal' in sound.stdout and 'config ' not in sound.stdout
+
+
+def test_a_key_that_changes_no_answer_is_named_and_passes(tmp_path):
+    found = verify(LAB, change_config(copy_with(tmp_path / 'c', lambda tensors: None), halt_exploration_prob=.25))
+    assert found.exit_code == 0 and 'halt_exploration_prob' in found.stdout and 'answers equal' in found.stdout
 
 
 def test_a_changed_weight_is_named(tmp_path):
     def change(tensors): tensors[f'decoder.{NAME}'][3, 3] += 1e-3
-    found = verify(LAB, copy_with(tmp_path / 'c', change))
-    assert found.returncode == 1 and f'differs     {NAME}' in found.stdout and '13 of 14' in found.stdout
+    folder = copy_with(tmp_path / 'c', change)
+    assert verify(LAB, LAB).exit_code == 0
+    load_checkpoint(folder)  # reads without complaint: only the comparison sees it
+    found = verify(LAB, folder)
+    assert found.exit_code == 1 and f'differs     {NAME}' in found.stdout and '13 of 14' in found.stdout
+
+
+def test_a_sound_copy_reads(tmp_path):
+    read, table, _ = load_checkpoint(copy_with(tmp_path / 'c', lambda tensors: None))
+    assert check_answers(load_checkpoint(LAB)[0], read, table.lay_out(table.weights[1:]))['difference'] == 0
 
 
 @pytest.mark.parametrize('fault, message', [
@@ -73,7 +92,8 @@ def test_a_spoilt_tensor_is_named(tmp_path, fault, message):
     folder = copy_with(tmp_path / 'c', change)
     with pytest.raises(CheckpointError) as error: load_checkpoint(folder)
     assert message in str(error.value) and str(folder) in str(error.value)
-    assert verify(LAB, folder).returncode in (1, 2)
+    found = verify(LAB, folder)
+    assert found.exit_code == 1 and NAME in found.stdout
 
 
 @pytest.mark.parametrize('prefix', ['_orig_mod.model.inner.', 'module.model.inner.', 'model.inner.', ''])
@@ -85,6 +105,8 @@ def test_every_prefix_reads_the_same_decoder(tmp_path, prefix, lab):
     read, rows, _ = load_checkpoint(tmp_path / 'step_1', 5)
     assert check_answers(decoder, read, table.lay_out(table.weights[1:]))['difference'] == 0
     assert torch.equal(rows.weights, table.weights)
+    torch.save({f'{prefix}{n}': t for n, t in decoder.state_dict().items() if n != NAME}, tmp_path / 'step_1')
+    with pytest.raises(CheckpointError, match='missing tensors .*' + NAME.replace('.', r'\.')): load_checkpoint(tmp_path / 'step_1', 5)
 
 
 class Detached(DemoEncoder):
@@ -94,7 +116,10 @@ class Detached(DemoEncoder):
 def test_detached_encoder_is_named(lab):
     config, decoder, table, _, _, batch = lab
     assert len(check_gradients(decoder, new_encoder(config, decoder, table), batch)) > 10
-    with pytest.raises(CheckError, match='cells.tables'): check_gradients(decoder, Detached(config.encoder_config(decoder.config)), batch)
+    detached = Detached(config.encoder_config(decoder.config))
+    with pytest.raises(CheckError, match='cells.tables'): check_gradients(decoder, detached, batch)
+    for p in detached.parameters(): p.grad = torch.ones_like(p)  # what an update before has left hides nothing
+    with pytest.raises(CheckError, match='cells.tables'): check_gradients(decoder, detached, batch)
 
 
 def test_collapsed_encoder_is_named(lab):
@@ -105,11 +130,19 @@ def test_collapsed_encoder_is_named(lab):
     with pytest.raises(CheckError, match='the same for every sample'): check_contexts(context_of(encoder, batch), batch['group'])
 
 
+def test_context_that_is_not_finite_is_named(lab):
+    config, decoder, table, _, _, batch = lab
+    contexts = context_of(new_encoder(config, decoder, table), batch).detach()
+    contexts[5, 0, 0] = float('nan')
+    with pytest.raises(CheckError, match='1 of 96 contexts .* sample 5'): check_contexts(contexts, batch['group'])
+
+
 def test_shuffled_demonstrations_are_named(lab):
     config, decoder, table, _, _, batch = lab
+    encoder, demos = new_encoder(config, decoder, table), ('demo_inputs', 'demo_labels', 'demo_mask')
     mixed = torch.randperm(len(batch['group']), generator=torch.Generator().manual_seed(0))
-    wrong = batch | {k: batch[k][mixed] for k in ('demo_inputs', 'demo_labels', 'demo_mask')}
-    with pytest.raises(CheckError, match='do not follow the tasks'): check_contexts(context_of(new_encoder(config, decoder, table), wrong), batch['group'])
+    assert check_contexts(context_of(encoder, batch), batch['group'])['p'] < .01
+    with pytest.raises(CheckError, match='do not follow the tasks'): check_contexts(context_of(encoder, batch | {k: batch[k][mixed] for k in demos}), batch['group'])
 
 
 def test_leaked_test_pair_is_named(lab):
