@@ -47,7 +47,7 @@ DECODER = typer.Option('checkpoints/lab_decoder', '--decoder', help='Checkpoint 
 RUNS = typer.Option('runs', '--runs', help='Folder in which the run makes its own.')
 WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline without an account, as WANDB_MODE says.')
 
-# %% ../nbs/api/20_cli.ipynb #da4085ed
+# %% ../nbs/api/20_cli.ipynb #a19f5356
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB):
     "Run the frozen-decoder experiment: train an encoder, evaluate it beside all controls, give the verdict. Example: etrm run cfg_test_frozen_decoder train.steps=200"
@@ -57,12 +57,12 @@ def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YA
 @command
 def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, runs: Path = RUNS, wandb: bool = WANDB,
              resume: Path = typer.Option(None, help='Folder of an interrupted run, to go on with.'), start: Path = typer.Option(None, help='Checkpoint whose decoder and table are trained further.'),
-             until: int = typer.Option(None, help='Stop after this many updates in all.')):
+             fresh_table: bool = typer.Option(False, '--fresh-table', help='Of --start take only the decoder: the tasks are others.'), until: int = typer.Option(None, help='Stop after this many updates in all.')):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
     c = load_config(config, tuple(overrides or ()))
     folder = resume or new_run_folder(runs, f'{c.name}-pretrain')
     tracked = start_wandb(folder, folder.name, c.model_dump(mode='json')) if wandb else None
-    experiment.pretrain(c, folder, tracked, start, until)
+    experiment.pretrain(c, folder, tracked, start, until, fresh_table=fresh_table)
     print(folder / 'checkpoint')
 
 

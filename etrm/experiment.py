@@ -67,7 +67,7 @@ def arc_sets(config: ExperimentConfig) -> tuple[list[Task], dict[str, list[Task]
     if not train or not evaluation: raise ValueError(f'{c.source} has {len(train)} training and {len(evaluation)} evaluation tasks that fit {side}x{side}: choose a larger tasks.fit')
     return train, {'training tasks': train[:c.max_eval_groups or None], 'evaluation': evaluation[:c.max_eval_groups or None]}
 
-# %% ../nbs/api/18_experiment.ipynb #dd2f004f
+# %% ../nbs/api/18_experiment.ipynb #8f8a5a03
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
     "A fresh table for these puzzles."
     d = config.decoder
@@ -82,6 +82,7 @@ def pretrain(
     start: str | Path | None = None,  # checkpoint whose decoder and table are trained further, as by a second stage of other settings
     until: int | None = None,  # stop after this many updates in all, on the schedule of the configured number
     device: str = 'cpu',
+    fresh_table: bool = False,  # take only the decoder from `start`: the tasks are others than its table knows
 ) -> tuple[Decoder, PuzzleEmbedding]:  # with averaged weights
     "Train a decoder and its table on the training tasks."
     folder, (train, sets) = Path(folder), make_task_sets(config)
@@ -91,7 +92,9 @@ def pretrain(
     decoder, table = Decoder(config.decoder).to(device), new_table(config, data).to(device)
     if start is not None:
         tensors = read_tensors(start)
-        load_strictly(decoder, tensors['decoder'], str(start)); load_strictly(table, tensors['table'], str(start))
+        load_strictly(decoder, tensors['decoder'], str(start))
+        if not fresh_table: load_strictly(table, tensors['table'], str(start))
+    elif fresh_table: raise ValueError('fresh_table takes a decoder from a checkpoint: say which with start')
     trainer = Trainer(decoder, table, Stream(data, config.pretrain.global_batch_size, config.pretrain.seed, translate=config.translate), config.pretrain)
     save = resume_or_start(trainer, folder / 'checkpoint', dict(decoder=decoder, table=table), config)
     queries = own_views(sets['training tasks'], data, config.decoder.canvas)
