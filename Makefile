@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # one thread a process: the tests run two notebooks at once
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=disabled MPLBACKEND=agg
 
-.PHONY: run test lab readme export clean
+.PHONY: run test lab docs test-browser readme export clean
 
 run: $(VENV)/.installed        ## environment, then the frozen-decoder experiment
 	$(BIN)/etrm run
@@ -17,6 +17,13 @@ test: $(VENV)/.installed-dev   ## environment, then: nothing differs after expor
 
 lab: $(VENV)/.installed-dev    ## JupyterLab on the experiment
 	$(BIN)/jupyter lab nbs/03_frozen_decoder.ipynb
+
+docs: $(VENV)/.installed-docs   ## the site, from the notebooks as they are
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python docs/build.py
+	@echo "open docs/_build/html/index.html, or serve it: $(BIN)/python -m http.server -d docs/_build/html"
+
+test-browser: docs             ## every page of the site in Chromium, which must be installed
+	REQUIRE_BROWSER=1 $(BIN)/pytest -q tests/test_site.py
 
 readme: $(VENV)/.installed-dev ## README.md from nbs/index.ipynb
 	$(BIN)/python nbs/_readme.py
@@ -36,5 +43,10 @@ $(VENV)/.installed-dev: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,docs]"
+	touch $@ $(VENV)/.installed $(VENV)/.installed-dev
+
 clean:
-	rm -rf $(VENV) _proc _docs
+	rm -rf $(VENV) _proc _docs docs/_build

@@ -79,14 +79,15 @@ class Page:
         if option(options, 'output') == 'false': outputs = []
         source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|')).strip()
         alt = ' '.join(options.get('fig-alt:', [])).strip('"\'') or self.alternative()
-        if source and option(options, 'echo') != 'false': yield code_cell(source, [], dict(tags=['hide-input']) if option(options, 'code-fold') == 'true' else {})
-        images = [o for o in outputs if is_image(o)]
-        for output in outputs:
-            if 'text/markdown' in output.get('data', {}): yield self.markdown(''.join(output['data']['text/markdown']))
-            elif output['output_type'] == 'stream' and output['name'] == 'stderr': continue  # progress bars and warnings
+        tags = ['remove-input'] if not source or option(options, 'echo') == 'false' else ['hide-input'] if option(options, 'code-fold') == 'true' else []
+        images, seen = sum(map(is_image, outputs)), 0
+        for group in grouped(outputs, 'remove-input' not in tags):
+            if group and is_markdown(group[0]): yield self.markdown(''.join(group[0]['data']['text/markdown']))
             else:
-                number = f' ({1 + images.index(output)} of {len(images)})' if is_image(output) and len(images) > 1 else ''
-                yield code_cell('', [output], dict(tags=['remove-input'], mystnb=dict(image=dict(alt=alt + number))))
+                seen += any(map(is_image, group))
+                image = dict(alt=alt + (f' ({seen} of {images})' if images > 1 else ''))
+                yield code_cell(source or '#', group, dict(tags=tags, mystnb=dict(image=image)))  # myst-nb drops a cell without source
+                tags = ['remove-input']
 
     def remember(self, text: str):
         "The last heading and the last sentence before a figure describe it."
@@ -157,6 +158,17 @@ def code_cell(source, outputs, metadata) -> dict:
     return dict(cell_type='code', execution_count=None, metadata=metadata, source=source, outputs=[dict(o, **({'execution_count': None} if o['output_type'] == 'execute_result' else {})) for o in outputs])
 
 
+def grouped(outputs, with_input: bool) -> list[list]:
+    "Outputs that one cell can show: Markdown stands alone, and no two images share an alternative text. Progress bars and warnings go."
+    groups = [[]] if with_input else []
+    for output in outputs:
+        if output['output_type'] == 'stream' and output['name'] == 'stderr': continue
+        alone = not groups or is_markdown(output) or any(map(is_markdown, groups[-1])) or (is_image(output) and any(map(is_image, groups[-1])))
+        if alone: groups.append([output])
+        else: groups[-1].append(output)
+    return groups
+
+
 def plain(text: str) -> str: return re.sub(r'[*`$\\\[\]]|\]\([^)]*\)', '', re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', text)).strip()
 
 
@@ -167,6 +179,9 @@ def option(options: dict, name: str) -> str: return ' '.join(options.get(f'{name
 
 
 def is_image(output) -> bool: return any(k.startswith('image/') for k in output.get('data', {}))
+
+
+def is_markdown(output) -> bool: return 'text/markdown' in output.get('data', {})
 
 
 def write(path: Path, text: str):

@@ -31,6 +31,7 @@ suppress_warnings = ['myst.header']  # a notebook's output may start at a deeper
 add_module_names = False
 python_maximum_signature_line_length = 76
 toc_object_entries_show_parents = 'hide'
+smartquotes = False  # quotes in code stay as they are
 highlight_language = 'python'
 html_theme = 'sphinx_book_theme'
 html_title = project
@@ -41,7 +42,7 @@ html_show_sourcelink = False
 html_copy_source = False
 html_context = dict(default_mode='auto')  # light or dark as the reader's system
 html_math_renderer = 'mathml'  # drawn by the browser: no script from elsewhere
-html_theme_options = dict(use_download_button=False, use_fullscreen_button=False, home_page_in_toc=True, show_toc_level=2)
+html_theme_options = dict(use_download_button=False, use_fullscreen_button=False, home_page_in_toc=True, show_toc_level=2, navbar_persistent=[])
 
 
 def mathml(node, block) -> str:

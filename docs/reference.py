@@ -103,9 +103,11 @@ class Reader:
 
     def table(self, fields, returned=None) -> str:
         if not fields and not returned: return ''
-        rows = [f'| {code(f.name)} | {self.type(f.type)} | {code(f.default)} | {self.prose(f.text)} |' for f in fields]
-        if returned: rows.append(f'| *returns* | {self.type(returned.type)} |  | {self.prose(returned.text)} |')
-        return '\n'.join(['| parameter | type | default | meaning |', '|---|---|---|---|', *rows])
+        rows = [(code(f.name), self.type(f.type), code(f.default), self.prose(f.text)) for f in fields]
+        if returned: rows.append(('*returns*', self.type(returned.type), '', self.prose(returned.text)))
+        heads = ('parameter', 'type', 'default', 'meaning')
+        kept = [i for i in range(4) if any(row[i] for row in rows)]
+        return '\n'.join('| ' + ' | '.join(row[i] for i in kept) + ' |' for row in [heads, ['---'] * 4, *rows])
 
     def type(self, text: str) -> str:
         "A type as code, every name that is documented somewhere linked."
