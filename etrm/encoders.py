@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .grids import PAD, VOCAB_SIZE
 from .layers import Block, linear, masked_attention, rms_norm, rotary_tables, truncated_normal_
 
-# %% ../nbs/api/07_encoders.ipynb #de3615e9
+# %% ../nbs/api/07_encoders.ipynb #9d3f9555
 class EncoderConfig(BaseModel):
     "Settings of a demonstration encoder; the defaults are the report's."
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -28,6 +28,8 @@ class EncoderConfig(BaseModel):
     expansion: float = Field(4, gt=0)
     encoder_num_layers: int = Field(2, ge=1, description='blocks over the cells of a pair')
     encoder_set_layers: int = Field(1, ge=1, description='blocks of cross-attention over the pairs')
+    cells: Literal['sequence', 'paired'] = Field('sequence', description='sequence: the input grid, then the output grid, 2S places; paired: S places, each of which shows input and output')
+    positions: Literal['rotary', 'learned'] = Field('rotary', description='learned: beside the rotary places, a learned vector for each')
     recurrent: bool = Field(False, description='share the weights of the cell blocks over depth')
     norm: Literal['post', 'pre'] = 'post'
     pooling: Literal['mean', 'attention', 'weighted', 'cls', 'none'] = 'mean'
@@ -39,31 +41,41 @@ class EncoderConfig(BaseModel):
     @property
     def width(self) -> int: return self.encoder_hidden_size or self.hidden_size
 
-# %% ../nbs/api/07_encoders.ipynb #5414c493
+# %% ../nbs/api/07_encoders.ipynb #a80e0cd9
 class Cells(nn.Module):
     "Embed a pair's cells and let them read each other."
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.config, W = config, config.width
-        self.tables = nn.Parameter(truncated_normal_(torch.empty(2, config.vocab_size, W), 1.))  # input grid, output grid
+        self.config, W, V = config, config.width, config.vocab_size
+        paired, places = config.cells == 'paired', config.canvas**2 * (1 if config.cells == 'paired' else 2)
+        self.tables = nn.Parameter(truncated_normal_(torch.empty(2, V, W), 1.))  # input grid, output grid
+        self.both = nn.Parameter(truncated_normal_(torch.empty(V * V, W), 1.)) if paired else None
+        self.places = nn.Parameter(truncated_normal_(torch.empty(places, W), 1.)) if config.positions == 'learned' else None
         self.cls = nn.Parameter(truncated_normal_(torch.empty(1, W), 1.)) if config.pooling == 'cls' else None
         blocks = 1 if config.recurrent else config.encoder_num_layers
         self.layers = nn.ModuleList(Block(W, config.num_heads, config.expansion, config.norm) for _ in range(blocks))
-        cos, sin = rotary_tables(2 * config.canvas**2 + (self.cls is not None), W // config.num_heads)
+        cos, sin = rotary_tables(places + (self.cls is not None), W // config.num_heads)
         self.register_buffer('cos', cos, persistent=False); self.register_buffer('sin', sin, persistent=False)
 
     def forward(self,
         inputs: Tensor,  # (P, S) tokens
         outputs: Tensor,  # (P, S) tokens
-    ) -> tuple[Tensor, Tensor]:  # (P, 2S, W) or one place more with CLS in front; (P, the same) bool, True where there is a cell
-        x = torch.cat([self.tables[0][inputs], self.tables[1][outputs]], dim=1)
-        mask = torch.cat([inputs, outputs], dim=1) != PAD
+    ) -> tuple[Tensor, Tensor]:  # (P, 2S, W), or S places if paired, and one more with CLS in front; (P, the same) bool, True where there is a cell
+        x, mask = self.embed(inputs, outputs)
         if self.cls is not None:
             x = torch.cat([self.cls.expand(len(x), 1, -1), x], dim=1)
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
         for i in range(self.config.encoder_num_layers):
             x = self.layers[i % len(self.layers)](x, (self.cos, self.sin), mask=mask)
         return x, mask
+
+    def embed(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        "The places before they read each other: sums of unit-variance vectors, scaled back to unit variance."
+        if self.both is None: x, mask = torch.cat([self.tables[0][inputs], self.tables[1][outputs]], dim=1), torch.cat([inputs, outputs], dim=1) != PAD
+        else:
+            x = (self.tables[0][inputs] + self.tables[1][outputs] + self.both[inputs * self.config.vocab_size + outputs]) / 3**.5
+            mask = (inputs != PAD) | (outputs != PAD)
+        return (x if self.places is None else (x + self.places) / 2**.5), mask
 
 # %% ../nbs/api/07_encoders.ipynb #a71e1eef
 class Pool(nn.Module):
