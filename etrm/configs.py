@@ -6,22 +6,23 @@
 __all__ = ['Settings', 'TasksConfig', 'TableConfig', 'EvaluationConfig', 'ExperimentConfig', 'config_names', 'load_config',
            'read_yaml', 'merged', 'explain', 'section']
 
-# %% ../nbs/api/17_configs.ipynb #91ab650a
+# %% ../nbs/api/17_configs.ipynb #a30a424e
 import difflib
+import reprlib
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .checkpoints import plain_yaml, read_plain_yaml
 from .decoder import DecoderConfig
 from .encoders import EncoderConfig
 from .training import TrainConfig
 
-# %% ../nbs/api/17_configs.ipynb #8cc310b2
+# %% ../nbs/api/17_configs.ipynb #7dc8546b
 class Settings(BaseModel):
-    model_config = ConfigDict(extra='forbid', frozen=True)
+    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
 
 
 class TasksConfig(Settings):
@@ -57,7 +58,7 @@ class ExperimentConfig(Settings):
     decoder: DecoderConfig = DecoderConfig()
     table: TableConfig = TableConfig()
     pretrain: TrainConfig = TrainConfig()
-    encoder: dict = Field({}, description="keys of EncoderConfig; sizes that are the decoder's are filled in")
+    encoder: dict[str, Any] = Field({}, description="keys of EncoderConfig; sizes that are the decoder's are filled in")
     train: TrainConfig = TrainConfig(freeze_decoder=True)
     regression: TrainConfig | None = Field(None, description="before `train`: the encoder is fitted to the table's rows, through no decoder")
     num_demos: int = Field(4, ge=1, description='K, demonstrations of a query')
@@ -72,7 +73,7 @@ class ExperimentConfig(Settings):
             if getattr(c, key) != getattr(decoder, key): raise ValueError(f'encoder.{key} is {getattr(c, key)}, but the frozen decoder was trained with {getattr(decoder, key)}')
         return c
 
-# %% ../nbs/api/17_configs.ipynb #fc4d5fcc
+# %% ../nbs/api/17_configs.ipynb #b48d7f7e
 def config_names() -> list[str]:
     "The configurations that are shipped."
     return sorted(p.name.removesuffix('.yaml') for p in files('etrm').joinpath('configs').iterdir() if p.name.endswith('.yaml'))
@@ -86,23 +87,24 @@ def load_config(
     found = read_yaml(name)
     for override in overrides:
         key, equals, value = override.partition('=')
-        if not equals: raise ValueError(f'{override!r} is not an override: write key=value, as train.steps=100')
-        nested = yaml.safe_load(value)
+        if not equals or key.count('.') > 5: raise ValueError(f'{reprlib.repr(override)} is not an override: write key=value, as train.steps=100')
+        nested = plain_yaml(value, f'the value of {key}')
         for part in reversed(key.split('.')): nested = {part: nested}
         found = merged(found, nested)
-    try: return ExperimentConfig(**found)
+    try: return ExperimentConfig.model_validate(found)
     except ValidationError as error: raise ValueError(explain(error, name)) from error
 
 
-def read_yaml(name: str | Path) -> dict:
-    "A configuration's plain values, its bases merged in."
+def read_yaml(name: str | Path, above: tuple[str, ...] = ()) -> dict:
+    "A configuration's plain values, its bases merged in; `above` are those whose base it is."
+    if str(name) in above: raise ValueError(f'configuration {name} is its own base: {" takes ".join((*above, str(name)))}')
     file = Path(name) if str(name).endswith(('.yaml', '.yml')) else files('etrm').joinpath('configs', f'{name}.yaml')
     if not file.is_file():
         near = difflib.get_close_matches(str(name), config_names(), 1)
         raise ValueError(f'there is no configuration {str(name)!r}' + (f'; did you mean {near[0]!r}?' if near else '') + f' There are: {", ".join(config_names())}')
-    found = yaml.safe_load(file.read_text())
+    found = read_plain_yaml(file)
     if not isinstance(found, dict): raise ValueError(f'{name} is not a configuration: it needs keys and values')
-    return merged(read_yaml(base), found) if (base := found.pop('base', None)) else found
+    return merged(read_yaml(base, (*above, str(name))), found) if (base := found.pop('base', None)) else found
 
 
 def merged(base: dict, changes: dict) -> dict:
@@ -114,7 +116,7 @@ def explain(error: ValidationError, name: str | Path) -> str:
     "A configuration error in words: key, value, what is allowed, and the nearest key."
     lines = []
     for e in error.errors():
-        key, line = '.'.join(map(str, e['loc'])), f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}"
+        key, line = '.'.join(map(str, e['loc'])), f"{'.'.join(map(str, e['loc']))} = {reprlib.repr(e['input'])}: {e['msg']}"
         if e['type'] == 'extra_forbidden':
             model = ExperimentConfig
             for part in e['loc'][:-1]: model = section(model.model_fields[part].annotation)

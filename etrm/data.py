@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PuzzleData', 'puzzle_data', 'distinct_augmentations', 'gather', 'to_labels', 'Stream', 'assemble', 'eval_batches',
-           'write_dataset', 'read_dataset']
+           'write_dataset', 'check_about', 'read_array', 'read_set', 'read_dataset']
 
-# %% ../nbs/api/03_data.ipynb #51c6b6ad
+# %% ../nbs/api/03_data.ipynb #c0d10bc2
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Iterator
 import numpy as np
 
 from .grids import IGNORE_LABEL, PAD, VOCAB_SIZE, Augmentation, augment_tokens, grid_to_tokens, token_sizes, translate_tokens
-from .tasks import Task, fits
+from .tasks import Task, fits, read_json
 
 # %% ../nbs/api/03_data.ipynb #84848894
 @dataclass(frozen=True)
@@ -211,7 +211,38 @@ def write_dataset(
     json_pairs = lambda pairs: [dict(input=p.input.tolist(), output=p.output.tolist()) for p in pairs]
     (folder / 'test_puzzles.json').write_text(json.dumps({t.name: dict(train=json_pairs(t.train), test=json_pairs(t.test)) for t in test_tasks}))
 
-# %% ../nbs/api/03_data.ipynb #be2be0e7
+# %% ../nbs/api/03_data.ipynb #be28eea6
+def check_about(names, about, folder: Path):
+    "Raise where a split's description is not one."
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names): raise ValueError(f"{folder.parent / 'identifiers.json'} is not a list of names")
+    sets, S = (about.get('sets'), about.get('seq_len')) if isinstance(about, dict) else (None, None)
+    if type(S) is not int or S < 1 or int(S**.5)**2 != S: raise ValueError(f"{folder / 'dataset.json'}: seq_len is {S!r}, not the square of a canvas's side")
+    if not isinstance(sets, list) or not sets or not all(isinstance(s, str) and s and not set(s) & set('/\\\0') for s in sets):
+        raise ValueError(f"{folder / 'dataset.json'}: sets is {sets!r}, not a list of names of files in {folder}")
+
+
+def read_array(file: Path) -> np.ndarray:
+    "An array of whole numbers; the file is seen to hold them all before memory is taken, and no object in it is made."
+    try: found = np.lib.format.open_memmap(file, mode='r')
+    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error: raise ValueError(f'{file} is not a readable array ({str(error)[:200]}): write the dataset again') from error
+    if found.dtype.kind not in 'iu': raise ValueError(f'{file} holds {found.dtype}, not whole numbers')
+    return np.array(found)
+
+
+def read_set(folder: Path, name: str, num_names: int) -> dict[str, np.ndarray]:
+    "The arrays of one set, seen to fit each other."
+    a = {f: read_array(folder / f'{name}__{f}.npy') for f in ('inputs', 'labels', 'puzzle_identifiers', 'puzzle_indices', 'group_indices')}
+    where = folder / f'{name}__'
+    if a['inputs'].ndim != 2 or a['inputs'].shape != a['labels'].shape: raise ValueError(f"{where}inputs and labels have shapes {a['inputs'].shape} and {a['labels'].shape}; both are (pairs, places)")
+    if not all(((a[f] >= 0) & (a[f] < VOCAB_SIZE)).all() for f in ('inputs', 'labels')): raise ValueError(f'{where}inputs or labels have tokens outside 0..{VOCAB_SIZE - 1}')
+    if not len(ids := a['puzzle_identifiers']) or ids.ndim != 1 or ids.min() < 0 or ids.max() >= num_names: raise ValueError(f'{where}puzzle_identifiers: an identifier is not in identifiers.json ({num_names} names)')
+    for f, last in (('puzzle_indices', len(a['inputs'])), ('group_indices', len(ids))):
+        b = a[f]
+        if b.ndim != 1 or len(b) < 2 or b[0] != 0 or b[-1] != last or (np.diff(b) <= 0).any(): raise ValueError(f'{where}{f} does not rise from 0 to {last}')
+    if len(a['puzzle_indices']) != len(ids) + 1: raise ValueError(f"{where}puzzle_indices has {len(a['puzzle_indices'])} bounds for {len(ids)} puzzles")
+    return a
+
+# %% ../nbs/api/03_data.ipynb #99a86787
 def read_dataset(
     folder: str | Path,  # holds identifiers.json and the split's folder
     split: str,  # 'train' or 'test'
@@ -220,16 +251,15 @@ def read_dataset(
     folder = Path(folder)
     for needed in (folder / 'identifiers.json', folder / split / 'dataset.json'):
         if not needed.exists(): raise ValueError(f'{needed} is missing: {folder} is not a TRM dataset with a split {split!r}')
-    names, about = json.loads((folder / 'identifiers.json').read_text()), json.loads((folder / split / 'dataset.json').read_text())
+    names, about = read_json(folder / 'identifiers.json'), read_json(folder / split / 'dataset.json')
+    check_about(names, about, folder / split)
     canvas = int(about['seq_len']**.5)
-    parts = [{f: np.load(folder / split / f'{s}__{f}.npy', allow_pickle=False)
-              for f in ('inputs', 'labels', 'puzzle_identifiers', 'puzzle_indices', 'group_indices')} for s in about['sets']]
+    parts = [read_set(folder / split, s, len(names)) for s in about['sets']]
     pair_base = np.cumsum([0] + [len(p['inputs']) for p in parts])
     group_base = np.cumsum([0] + [len(p['group_indices']) - 1 for p in parts])
     joined = lambda arrays: np.concatenate(list(arrays))
     inputs, identifiers = joined(p['inputs'] for p in parts), joined(p['puzzle_identifiers'] for p in parts)
     if inputs.shape[1] != about['seq_len']: raise ValueError(f"{folder / split}: inputs have {inputs.shape[1]} places, dataset.json says seq_len {about['seq_len']}")
-    if identifiers.max() >= len(names): raise ValueError(f'{folder / split}: identifier {identifiers.max()} is not in identifiers.json ({len(names)} names)')
     P = len(identifiers)
     return PuzzleData(canvas, inputs.astype(np.uint8), joined(p['labels'] for p in parts).astype(np.uint8), np.full(len(inputs), split == 'test'),
         joined(p['puzzle_indices'][:-1] + b for p, b in zip(parts, pair_base)), joined(p['puzzle_indices'][1:] + b for p, b in zip(parts, pair_base)),

