@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'RESUME', 'command', 'interrupted', 'run', 'pretrain',
-           'train', 'evaluate', 'number_of', 'oracle', 'study', 'search', 'score', 'known_tasks', 'data',
-           'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_dataset', 'about_tasks', 'about_run',
+           'train', 'evaluate', 'number_of', 'oracle', 'study', 'search', 'search_curves', 'score', 'known_tasks',
+           'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_dataset', 'about_tasks', 'about_run',
            'compare_contexts', 'scenario', 'bench']
 
 # %% ../nbs/api/20_cli.ipynb #fb742869
@@ -67,7 +67,7 @@ WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline withou
 AS_JSON = typer.Option(False, '--json', help='Print the results as one line of JSON.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #d77482dd
+# %% ../nbs/api/20_cli.ipynb #28b969a5
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
         resume: Path = RESUME, as_json: bool = AS_JSON):
@@ -153,16 +153,40 @@ def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'),
 
 
 @command
-def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one JSON a task.'), decoder: Path = DECODER, steps: int = 100, lr: float = .05,
+def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one JSON a task.'),
+           decoder: Path = typer.Option(Path('checkpoints/lab_decoder'), help="Checkpoint of an encoder run: the search starts from the encoder's contexts; or of a decoder with its table: from the mean of its rows."),
+           steps: int = typer.Option(100, help='Gradient steps; 0 answers from the start.'), lr: float = .05,
            out: Path = typer.Option(None, help='Write submission.json here.'), as_json: bool = AS_JSON):
     "Search a context for each task by gradient descent on its demonstrations, and answer its queries. Example: etrm search my_tasks --steps 100"
     found = experiment.search_tasks(decoder, load_folder(tasks), steps, lr)
     if out is not None: out.write_text(json.dumps(found['submission']))
     if as_json: return print(json.dumps(found['summary']))
     print('| task | loss before | after | solved |\n|---|---|---|---|')
+    loss = lambda value: '' if value is None else f'{value:.3f}'
     for r in found['summary']:
         solved = 'unknown' if r['solved'] is None else f"{sum(r['solved'])} of {len(r['solved'])}"
-        print(f"| {r['task']} | {r['loss_before']:.3f} | {r['loss_after']:.3f} | {solved} |")
+        print(f"| {r['task']} | {loss(r['loss_before'])} | {loss(r['loss_after'])} | {solved} |")
+
+
+@command
+def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, help='Gradient steps.'), lr: float = .05,
+                  starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
+                  sets: str = typer.Option(None, help='Only these sets, separated by commas; validation, on which settings are chosen, is one more.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
+    "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
+    frozen, encoder, config = experiment.load_encoder(checkpoint)
+    table = load_checkpoint(decoder)[1]
+    if table is None: raise CheckpointError(f'{decoder} holds no table: two of the starts are made of its rows')
+    config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
+    asked = experiment.make_task_sets(config)[1]
+    chosen = sets.split(',') if sets else list(asked)
+    if 'validation' in chosen: asked['validation'] = experiment.validation_tasks(config)
+    for what, known, given in (('set', list(asked), chosen), ('start', ['encoder', 'mean', 'noise'], starts.split(','))):
+        if unknown := [g for g in given if g not in known]: raise ValueError(f'there is no {what} {unknown[0]!r}; there are {", ".join(known)}')
+    rows = experiment.search_curves(frozen, encoder, table, {name: asked[name] for name in chosen}, config.num_demos, steps, lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')))
+    if out is not None: out.write_text(json.dumps(rows))
+    if as_json: return print(json.dumps(rows))
+    print('| set | start | steps | exact (95% interval) | cells | seconds |\n|---|---|---|---|---|---|')
+    for r in rows: print(f"| {r['set']} | {r['start']} | {r['steps']} | {r['solved']} of {r['n']} ({r['low']:.0%} to {r['high']:.0%}) | {r['accuracy']:.1%} | {r['seconds']} |")
 
 
 @command
