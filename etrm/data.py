@@ -112,7 +112,7 @@ def to_labels(
     "What the decoder is asked for: every place that is not PAD."
     return np.where(outputs == PAD, IGNORE_LABEL, outputs.astype(np.int32))
 
-# %% ../nbs/api/03_data.ipynb #631372d1
+# %% ../nbs/api/03_data.ipynb #caeda10a
 class Stream:
     "Endless training batches; batch `i` depends on the seed and `i` only."
     def __init__(self,
@@ -131,14 +131,16 @@ class Stream:
 
     def batch(self,
         i: int,  # number of the batch
+        rows: slice = slice(None),  # of the batch: those that one of several processes works on
     ) -> dict[str, np.ndarray]:
-        "Batch `i`."
+        "Batch `i`, or some of its rows."
         rng, B, data = np.random.default_rng([self.seed, i]), self.batch_size, self.data
         g = rng.integers(len(self.first), size=B)
         puzzles = self.members[self.first[g] + rng.integers(self.size[g])]
         pairs, mask = self.draw_pairs(puzzles, rng)
-        inputs, outputs = gather(data, pairs, puzzles, rng if self.translate else None)
-        return assemble(data, puzzles, inputs, outputs, mask)
+        if not self.translate: return assemble(data, puzzles[rows], *gather(data, pairs[rows], puzzles[rows]), mask[rows])
+        inputs, outputs = gather(data, pairs, puzzles, rng)  # where grids may go depends on all grids drawn before
+        return assemble(data, puzzles[rows], inputs[rows], outputs[rows], mask[rows])
 
     def draw_pairs(self, puzzles: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         "For each puzzle a query and K other pairs, (B, 1+K), and which of the K there are, (B, K)."

@@ -6,7 +6,7 @@
 __all__ = ['new_run_folder', 'alone_in', 'Record', 'line_of', 'read_record', 'row_of', 'series', 'wandb_mode', 'has_account',
            'start_wandb']
 
-# %% ../nbs/api/15_tracking.ipynb #3677707b
+# %% ../nbs/api/15_tracking.ipynb #8e932607
 import json
 import math
 import os
@@ -17,6 +17,8 @@ from typing import Iterator
 
 import wandb
 from filelock import FileLock, Timeout
+
+from .distributed import from_first, is_first
 
 # %% ../nbs/api/15_tracking.ipynb #4208eddd
 def new_run_folder(
@@ -43,16 +45,16 @@ def alone_in(
     except Timeout as error: raise ValueError(f'another process is writing to {folder}: let it finish, or choose another folder') from error
     with lock: yield
 
-# %% ../nbs/api/15_tracking.ipynb #4d79a9fc
+# %% ../nbs/api/15_tracking.ipynb #0cc65453
 class Record:
-    "A run's log: appended to `record.jsonl` line by line, kept in memory, and sent to W&B if there is a run."
+    "A run's log: appended to `record.jsonl` line by line by the first process, kept in memory, and sent to W&B if there is a run."
     def __init__(self,
         folder: str | Path,  # of the run
         wandb_run=None,  # from `start_wandb`
     ):
         self.file, self.wandb_run = Path(folder) / 'record.jsonl', wandb_run
         self.rows = read_record(folder) if self.file.exists() else []
-        if self.rows: self.rewrite()  # without a last line that was cut short
+        if self.rows and is_first(): self.rewrite()  # without a last line that was cut short
 
     def rewrite(self):
         "Write all rows anew."
@@ -60,25 +62,26 @@ class Record:
         fresh.write_text(''.join(line_of(row) for row in self.rows))
         os.replace(fresh, self.file)
 
-    def back_to(self,
-        step: int,  # number of updates that a resumed run starts from
-    ):
-        "Drop the rows of later updates, which will be made again; a regression before the training counts its own."
-        kept = [r for r in self.rows if r['step'] <= step or any(k.startswith('regression/') for k in r)]
-        if len(kept) < len(self.rows):
-            self.rows = kept
-            self.rewrite()
-
     def __call__(self,
         step: int,  # number of updates so far
         values: dict[str, float],  # by their names, as 'train/lm_loss'
     ):
         row = {'step': step} | values
         self.rows.append(row)
+        if not is_first(): return
         try:
             with self.file.open('a') as f: f.write(line_of(row))
         except OSError as error: raise OSError(error.errno, f'{error.strerror}: the record of the run cannot be written; make room there, then resume the run', str(self.file)) from error
         if self.wandb_run is not None: self.wandb_run.log(values, step=step)
+
+    def rewind(self,
+        n: int | None,  # rows to keep; None keeps all
+    ):
+        "Go back to the first `n` rows of the file: those that a resumed run had logged when it was saved."
+        if n is None: return
+        if len(self.rows) < n: raise ValueError(f'{self.file} has {len(self.rows)} rows, the checkpoint was saved after {n}: it is the record of another run')
+        self.rows = self.rows[:n]
+        if is_first() and self.file.exists(): self.rewrite()
 
 
 def line_of(row: dict[str, float]) -> str:

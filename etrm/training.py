@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['to_tensors', 'context_of', 'context_statistics', 'grad_norm', 'clip_gradients', 'TrainConfig', 'Stopped',
-           'noting_interrupts', 'Trainer', 'averages']
+           'noting_interrupts', 'Trainer', 'random_state', 'set_random_state', 'averages']
 
-# %% ../nbs/api/11_training.ipynb #e97bd05a
-import random
+# %% ../nbs/api/11_training.ipynb #fc47a7f1
 import signal
 import threading
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm
 from .contexts import PuzzleEmbedding
 from .data import Stream
 from .decoder import Carry, Decoder
+from .distributed import GlobalDraws, broadcast, gather, gather_touched, is_first, share, sum_gradients, sum_over_ranks, world_size
 from .losses import trm_loss
 from .optim import EMA, AdamATan2, OptimConfig, SignSGD, lr_scale
 
@@ -118,7 +118,7 @@ def noting_interrupts() -> Iterator[Callable[[], bool]]:  # says whether Ctrl-C 
     finally:
         if catches: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-# %% ../nbs/api/11_training.ipynb #f21159b4
+# %% ../nbs/api/11_training.ipynb #8b68407e
 class Trainer:
     "A run of the loop: `step` makes one update, `run` makes them all."
     def __init__(self,
@@ -136,14 +136,16 @@ class Trainer:
         self.dense = AdamATan2(trains, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay) if trains else None
         self.modules = nn.ModuleDict(dict(decoder=decoder, source=source))
         self.ema = EMA(self.modules, o.ema_rate) if o.ema_rate else None
-        self.carry, self.slots = decoder.initial_carry(config.global_batch_size), None
-        random.seed(config.seed); torch.manual_seed(config.seed)
+        self.rows = share(config.global_batch_size)  # this process's, of every batch
+        self.carry, self.slots, self.sums = decoder.initial_carry(self.rows.stop - self.rows.start), None, None
+        broadcast(self.modules)
+        torch.manual_seed(config.seed)
         if config.compile: decoder.L_level.compile()
 
     def refill(self):
         "Put new samples where slots have halted."
         device, halted = self.decoder.H_init.device, self.carry.halted
-        fresh = to_tensors(self.stream.batch(self.updates), device)
+        fresh = to_tensors(self.stream.batch(self.updates, self.rows), device)
         if self.slots is None: self.slots = fresh
         self.slots = {k: torch.where(halted.view(-1, *[1] * (v.ndim - 1)), v, self.slots[k]) for k, v in fresh.items()}
 
@@ -151,11 +153,13 @@ class Trainer:
         "One update."
         self.decoder.train(); self.source.train()
         self.refill()
-        context = context_of(self.source, self.slots)
-        self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context)
+        with GlobalDraws():
+            context = context_of(self.source, self.slots)
+            self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context)
         loss, sums = trm_loss(logits, q_halt, self.slots['labels'])
-        total = loss.sum() / self.config.global_batch_size + getattr(self.source, 'extra_loss', 0.)
+        total = loss.sum() / self.config.global_batch_size + getattr(self.source, 'extra_loss', 0.) / world_size()
         total.backward()
+        sum_gradients(self.decoder, self.source)
         norms = clip_gradients(self.decoder, self.source, self.config.optim.grad_clip)
         scale = lr_scale(self.updates, self.config.steps, self.config.optim)
         self.apply(scale)
@@ -171,6 +175,7 @@ class Trainer:
             for group in self.dense.param_groups: group['lr'] = o.lr * scale
             self.dense.step(); self.dense.zero_grad(set_to_none=True)
         if self.sparse:
+            gather_touched(self.source)
             self.sparse.lr, self.sparse.weight_decay = o.puzzle_emb_lr * scale, o.puzzle_emb_weight_decay
             self.sparse.step()
         if self.ema: self.ema.update(self.modules)
@@ -185,14 +190,16 @@ class Trainer:
         with noting_interrupts() as asked: self.loop(asked, log, evaluate, save, until or self.config.steps)
 
     def loop(self, asked: Callable[[], bool], log, evaluate, save, until: int):
-        c, sums = self.config, None
-        for at in tqdm(range(self.updates, until), initial=self.updates, total=until, desc='train', mininterval=1):
+        c = self.config
+        for at in tqdm(range(self.updates, until), initial=self.updates, total=until, desc='train', mininterval=1, disable=not is_first()):
             metrics, context = self.step()
             train = {k: v for k, v in metrics.items() if k.startswith('train/') and k != 'train/lr'}
-            sums = train if sums is None else {k: sums[k] + v for k, v in train.items()}
+            self.sums = train if self.sums is None else {k: self.sums[k] + v for k, v in train.items()}
             if (at + 1) % c.log_every == 0 or at + 1 == until:
-                log(at + 1, averages(sums) | {k: v.item() for k, v in metrics.items() if k not in train} | context_statistics(context, self.slots['group']))
-                sums = None
+                sum_over_ranks(self.sums.values())
+                rest = {k: v.item() for k, v in metrics.items() if k not in train}
+                log(at + 1, averages(self.sums) | rest | context_statistics(gather(context), gather(self.slots['group'])))
+                self.sums = None
             if evaluate and c.eval_every and (at + 1) % c.eval_every == 0: log(at + 1, self.averaged(evaluate))
             if save and c.save_every and (at + 1) % c.save_every == 0: save()
             if asked(): raise Stopped(at + 1, save() if save else None)
@@ -205,17 +212,35 @@ class Trainer:
         finally: self.ema.swap(self.modules)
 
     def state_dict(self) -> dict:
-        "Everything that the next update depends on."
+        "Everything that the next update and the next record depend on; to be called on all processes."
+        whole = lambda rows: rows and {k: gather(v) for k, v in rows.items()}
+        sums = self.sums and {k: v.clone() for k, v in self.sums.items()}
+        if sums: sum_over_ranks(sums.values())
         return dict(updates=self.updates, modules=self.modules.state_dict(), dense=self.dense and self.dense.state_dict(), ema=self.ema and self.ema.average,
-            carry=vars(self.carry), slots=self.slots, torch_rng=torch.get_rng_state())
+            carry=whole(vars(self.carry)), slots=whole(self.slots), sums=sums) | random_state()
 
     def load_state_dict(self, state: dict):
-        "Go on exactly where `state_dict` was taken."
+        "Go on exactly where `state_dict` was taken, on as many processes or on another number."
+        device = self.decoder.H_init.device
+        mine = lambda rows: rows and {k: v[self.rows].to(device) for k, v in rows.items()}
         self.modules.load_state_dict(state['modules'])
         if self.dense: self.dense.load_state_dict(state['dense'])
-        if self.ema: self.ema.average = state['ema']
-        self.updates, self.carry, self.slots = state['updates'], Carry(**state['carry']), state['slots']
-        torch.set_rng_state(state['torch_rng'])
+        if self.ema: self.ema.average = {n: t.to(device) for n, t in state['ema'].items()}
+        self.updates, self.carry, self.slots = state['updates'], Carry(**mine(state['carry'])), mine(state['slots'])
+        # the sums so far are everybody's: one process goes on with them, the others from zero
+        self.sums = state['sums'] and {k: (v if is_first() else torch.zeros_like(v)).to(device) for k, v in state['sums'].items()}
+        set_random_state(state)
+
+
+def random_state() -> dict[str, Tensor | None]:
+    "The state of torch's generators; batches need none, they depend on the seed and their number."
+    return dict(torch_rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+
+
+def set_random_state(state: dict):  # from `random_state`, other entries are ignored
+    "Draw on from there."
+    torch.set_rng_state(state['torch_rng'])
+    if state['cuda_rng'] is not None and torch.cuda.is_available(): torch.cuda.set_rng_state(state['cuda_rng'])
 
 
 def averages(
