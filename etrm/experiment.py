@@ -8,7 +8,7 @@ __all__ = ['make_task_sets', 'procedural_sets', 'validation_tasks', 'arc_sets', 
            'exact_hits', 'copy_answers', 'score', 'evaluate', 'format_results', 'train_encoder', 'new_encoder',
            'regress_on_rows', 'resume_regression', 'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder',
            'is_trained', 'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'search_tasks', 'oracle',
-           'measured_row', 'search_curves', 'compare_contexts']
+           'measured_row', 'search_curves', 'side_by_side', 'format_side_by_side', 'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #067de3f7
 import copy
@@ -390,7 +390,7 @@ class RowLosses(nn.Module):
         logits = self.log_scale.exp() * F.normalize(x, dim=1) @ F.normalize(self.rows, dim=1).T  # (B, M)
         return dict(error=error, softmax=F.cross_entropy(logits, row), top1=(logits.argmax(1) == row).float().mean().detach())
 
-# %% ../nbs/api/18_experiment.ipynb #c033bdb3
+# %% ../nbs/api/18_experiment.ipynb #14546494
 def check_decoder(
     decoder: Decoder,
     path: str | Path,  # the checkpoint it was read from
@@ -437,7 +437,9 @@ def run(
     try: rows, votes = evaluate(config, decoder, encoder, table if known is not None else None, sets, known)
     except KeyboardInterrupt as error: raise Stopped(config.train.steps, folder / 'checkpoint') from error
     verdict = verdict_of(config, record.rows, rows)
-    from_first(lambda: write_results(folder, config, decoder, encoder, table, sets, record.rows, rows, votes, verdict))
+    contexts = {f'encoder, {name}': contexts_of(encoder, puzzle_data(tasks, decoder.config.canvas), config.num_demos)[0].numpy() for name, tasks in sets.items()}  # by all processes
+    if table is not None: contexts = {'table rows': table.lay_out(table.weights[1:501]).numpy()} | contexts
+    from_first(lambda: write_results(folder, config, contexts, sets, record.rows, rows, votes, verdict))
     record(config.train.steps, next(r for r in rows if r['set'] == config.evaluation.decides and r['method'] == 'encoder')['pass_at_k'])
     if tracked is not None: tracked.finish()
     say(f'\ntasks solved at the first answer (95% interval), {config.train.steps} updates of {config.train.global_batch_size}, seed {config.train.seed}:\n\n{format_results(rows)}\n\n{verdict}\n\nwritten to {folder}')
@@ -467,7 +469,7 @@ def is_trained(folder: Path) -> bool:
     "Whether a run's training is finished: then its checkpoint has no training state."
     return (folder / 'checkpoint' / 'model.safetensors').exists() and not (folder / 'checkpoint' / 'training_state.pt').exists()
 
-# %% ../nbs/api/18_experiment.ipynb #d50f52cf
+# %% ../nbs/api/18_experiment.ipynb #1aa695b8
 def known_puzzles(trained_as: dict, train: list[Task], config: ExperimentConfig) -> PuzzleData | None:
     "The puzzles that a checkpoint's table has rows for; None where it was trained on others than these tasks."
     same = lambda tasks: {k: v for k, v in tasks.items() if k != 'max_eval_groups'}  # how many are evaluated changes no row
@@ -482,14 +484,11 @@ def verdict_of(config: ExperimentConfig, record: list[dict], rows: list[dict]) -
     return scenario(record, solved['encoder'], {m: solved[m] for m in (*CONTROLS, 'copy')})
 
 
-def write_results(folder, config, decoder, encoder, table, sets, record, rows, votes, verdict):
+def write_results(folder, config, contexts, sets, record, rows, votes, verdict):
     "Everything that a run leaves behind but its record and checkpoint."
     (folder / 'results.json').write_text(json.dumps(rows, indent=1))
     (folder / 'verdict.json').write_text(json.dumps(verdict.as_dict(), indent=1))
     (folder / 'submission.json').write_text(json.dumps(submission(votes[config.evaluation.decides])))
-    contexts = {}
-    if table is not None: contexts['table rows'] = table.lay_out(table.weights[1:501]).numpy()
-    for name, tasks in sets.items(): contexts[f'encoder, {name}'] = contexts_of(encoder, puzzle_data(tasks, decoder.config.canvas), config.num_demos)[0].numpy()
     figures = {'curves': plot_curves({config.name: record}, ['train/lm_loss', 'train/exact_accuracy', 'grad/encoder_norm', 'encoder_token_std'], log=('grad/encoder_norm',)),
                'results': plot_results(rows), 'contexts': plot_contexts(contexts),
                'gallery': plot_gallery(gallery_rows(sets[config.evaluation.decides], votes[config.evaluation.decides]))}
@@ -566,11 +565,11 @@ def measured_row(found: dict[str, np.ndarray], **about) -> dict:
     return about | dict(solved=solved, n=n, low=low, high=high, accuracy=float(found['accuracy'].mean()), lm_loss=float(found['lm_loss'].mean()),
                         exact=found['exact'].astype(int).tolist(), accuracies=found['accuracy'].round(4).tolist(), lm_losses=found['lm_loss'].round(4).tolist())
 
-# %% ../nbs/api/18_experiment.ipynb #caa932d1
+# %% ../nbs/api/18_experiment.ipynb #b79119f3
 def search_curves(
     decoder: Decoder,
     encoder: nn.Module,
-    table: PuzzleEmbedding,
+    table: PuzzleEmbedding | None,  # None where only 'encoder' is a start
     sets: dict[str, list[Task]],
     num_demos: int = 4,
     steps: int = 100,  # gradient steps
@@ -579,20 +578,47 @@ def search_curves(
     starts: tuple[str, ...] = ('encoder', 'mean', 'noise'),
 ) -> list[dict]:  # a row for each set, start and mark: measures of the queries, and seconds since the start
     "Accuracy on held-out queries against search steps, by where the search starts."
-    found, rows = [], table.lay_out(table.weights[1:])
+    found, rows = [], table.lay_out(table.weights[1:]) if table is not None else None
+    if rows is None and set(starts) != {'encoder'}: raise ValueError(f'{", ".join(starts)}: the mean row and noise need a table')
     for name, tasks in sets.items():
         data = puzzle_data(tasks, decoder.config.canvas)
         b = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos)))
         labels = torch.from_numpy(to_labels(b['demo_labels'].numpy()))
         torch.manual_seed(0)
-        at = {'encoder': contexts_of(encoder, data, num_demos)[0], 'mean': rows.mean(0, keepdim=True).expand(len(labels), -1, -1)}
-        at['noise'] = rows.mean(0) + rows.std(0) * torch.randn_like(at['encoder'])
+        at = {'encoder': contexts_of(encoder, data, num_demos)[0]}
+        if rows is not None: at |= {'mean': rows.mean(0, keepdim=True).expand(len(labels), -1, -1), 'noise': rows.mean(0) + rows.std(0) * torch.randn(len(labels), *rows.shape[1:])}
         for start in starts:
             began = time.monotonic()
             def watch(step, contexts):
                 if step in marks: found.append(measured_row(measures(decoder, data, contexts), set=name, start=start, steps=step, seconds=round(time.monotonic() - began, 1)))
             search(decoder, b['demo_inputs'], labels, b['demo_mask'], at[start], stablemax_cross_entropy, steps, lr, progress=True, watch=watch)
     return found
+
+# %% ../nbs/api/18_experiment.ipynb #ad433185
+def side_by_side(
+    checkpoints: dict[str, str | Path],  # of encoder runs, by the name to show
+    groups: int = 32,  # tasks of each set
+    steps: int = 20,  # of search
+    marks: tuple[int, ...] = (0, 5, 20),
+) -> dict[str, list[dict]]:  # rows of `search_curves` by run
+    "Encoders on the same tasks, without search and with it."
+    found = {}
+    for name, checkpoint in checkpoints.items():
+        decoder, encoder, config = load_encoder(checkpoint)
+        config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
+        found[name] = search_curves(decoder, encoder, None, make_task_sets(config)[1], config.num_demos, steps, marks=marks, starts=('encoder',))
+    return found
+
+
+def format_side_by_side(found: dict[str, list[dict]]) -> str:  # a Markdown table
+    "A row a run and number of steps, a column a set."
+    sets = list(dict.fromkeys(r['set'] for rows in found.values() for r in rows))
+    lines = ['| encoder | search steps | ' + ' | '.join(sets) + ' |', '|---' * (2 + len(sets)) + '|']
+    for name, rows in found.items():
+        for steps in sorted({r['steps'] for r in rows}):
+            cells = [f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for on in sets for r in rows if (r['set'], r['steps']) == (on, steps)]
+            lines.append(f'| {name} | {steps} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
 
 # %% ../nbs/api/18_experiment.ipynb #1a134e01
 def compare_contexts(
