@@ -390,7 +390,7 @@ class RowLosses(nn.Module):
         logits = self.log_scale.exp() * F.normalize(x, dim=1) @ F.normalize(self.rows, dim=1).T  # (B, M)
         return dict(error=error, softmax=F.cross_entropy(logits, row), top1=(logits.argmax(1) == row).float().mean().detach())
 
-# %% ../nbs/api/18_experiment.ipynb #14546494
+# %% ../nbs/api/18_experiment.ipynb #4f937e7b
 def check_decoder(
     decoder: Decoder,
     path: str | Path,  # the checkpoint it was read from
@@ -441,7 +441,7 @@ def run(
     if table is not None: contexts = {'table rows': table.lay_out(table.weights[1:501]).numpy()} | contexts
     from_first(lambda: write_results(folder, config, contexts, sets, record.rows, rows, votes, verdict))
     record(config.train.steps, next(r for r in rows if r['set'] == config.evaluation.decides and r['method'] == 'encoder')['pass_at_k'])
-    if tracked is not None: tracked.finish()
+    if tracked is not None: tracked.results(folder, rows); tracked.finish()
     say(f'\ntasks solved at the first answer (95% interval), {config.train.steps} updates of {config.train.global_batch_size}, seed {config.train.seed}:\n\n{format_results(rows)}\n\n{verdict}\n\nwritten to {folder}')
     return folder
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['new_run_folder', 'alone_in', 'Record', 'line_of', 'read_record', 'row_of', 'series', 'wandb_mode', 'has_account',
-           'start_wandb']
+           'start_wandb', 'Tracker']
 
-# %% ../nbs/api/15_tracking.ipynb #8e932607
+# %% ../nbs/api/15_tracking.ipynb #721a6c8f
 import json
 import math
 import os
@@ -18,7 +18,7 @@ from typing import Iterator
 import wandb
 from filelock import FileLock, Timeout
 
-from .distributed import from_first, is_first
+from .distributed import is_first
 
 # %% ../nbs/api/15_tracking.ipynb #4208eddd
 def new_run_folder(
@@ -120,7 +120,7 @@ def series(
     steps, values = zip(*rows)
     return list(steps), list(values)
 
-# %% ../nbs/api/15_tracking.ipynb #b0bea788
+# %% ../nbs/api/15_tracking.ipynb #816f5648
 def wandb_mode() -> str:  # 'online', 'offline', 'disabled' or 'shared'
     "How W&B runs here: as `WANDB_MODE` says, else online if there is an account, else offline."
     if mode := os.environ.get('WANDB_MODE'): return mode
@@ -140,7 +140,36 @@ def start_wandb(
     project: str = 'etrm',
 ):
     "A W&B run, or None where it cannot start: the run goes on with its local record."
-    try: return wandb.init(project=project, name=name, config=config, dir=str(folder), mode=wandb_mode(), settings=wandb.Settings(silent=True, init_timeout=30))
-    except (wandb.errors.Error, OSError) as error:
+    try: return Tracker(wandb.init(project=project, name=name, config=config, dir=str(folder), mode=wandb_mode(), settings=wandb.Settings(silent=True, init_timeout=30)))
+    except Exception as error:  # W&B's own errors have no common class: a missing server, a timeout, a dead service
         warnings.warn(f'W&B did not start ({error}); the run is recorded in {folder} only')
         return None
+
+
+class Tracker:
+    "A W&B run that may fail without ending ours: at its first error it says so, and stays silent from there on."
+    def __init__(self, run): self.run = run
+
+    def log(self, values: dict, step: int | None = None): self.ask(lambda run: run.log(values, step=step))
+
+    def finish(self): self.ask(lambda run: run.finish())
+
+    def results(self,
+        folder: Path,  # of the run, with its figures
+        rows: list[dict],  # of the results: 'set', 'method', 'solved', 'n', 'low', 'high', 'tasks'
+    ):
+        "The figures as images, grids among them; the results as a table; and which task was solved with which context."
+        keys, methods = ('set', 'method', 'solved', 'n', 'low', 'high'), list(dict.fromkeys(r['method'] for r in rows))
+        solved = {(r['set'], task): {} for r in rows for task in r['tasks']}
+        for r in rows:
+            for task, hit in r['tasks'].items(): solved[r['set'], task][r['method']] = hit
+        self.ask(lambda run: run.log({f'figures/{f.stem}': wandb.Image(str(f)) for f in sorted((folder / 'figures').glob('*.png'))}
+            | {'results': wandb.Table(columns=list(keys), data=[[r[k] for k in keys] for r in rows]),
+               'predictions': wandb.Table(columns=['set', 'task', *methods], data=[[*key, *map(hits.get, methods)] for key, hits in solved.items()])}))
+
+    def ask(self, what):
+        if self.run is None: return
+        try: what(self.run)
+        except Exception as error:  # see start_wandb
+            warnings.warn(f'W&B does not answer ({error}); from here on the local record alone is written')
+            self.run = None

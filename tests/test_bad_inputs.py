@@ -370,6 +370,8 @@ def test_training_state_of_another_run(decoder, tmp_path):
     torch.save(dict(updates=3), tmp_path / 'checkpoint' / 'training_state.pt')
     (tmp_path / 'checkpoint' / 'SHA256SUMS').unlink()
     found = cli.invoke(app, ['pretrain', 'lab', *TINY, '--resume', str(tmp_path), '--no-wandb'])
+    assert found.exit_code == 2 and 'is of another run: pretrain.steps is 2 in the checkpoint, 9000 now; resume with its own configuration' in found.stderr
+    found = cli.invoke(app, ['pretrain', 'lab', *TINY, 'pretrain.steps=2', '--resume', str(tmp_path), '--no-wandb'])
     assert found.exit_code == 2 and 'its training state is not of this run' in found.stderr and 'resume with the settings it was saved with' in found.stderr
 
 
