@@ -23,8 +23,8 @@ docs: $(VENV)/.installed-docs   ## the site, from the notebooks as they are
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python docs/build.py
 	@echo "open docs/_build/html/index.html, or serve it: $(BIN)/python -m http.server -d docs/_build/html"
 
-test-browser: docs             ## every page of the site in Chromium, which must be installed
-	REQUIRE_BROWSER=1 $(BIN)/pytest -q tests/test_site.py
+test-browser: docs             ## in Chromium, which must be installed: every page of the site; the experiment in JupyterLab
+	PATH="$(abspath $(BIN)):$$PATH" REQUIRE_BROWSER=1 $(BIN)/pytest -q tests/test_site.py tests/test_jupyterlab.py
 
 readme: $(VENV)/.installed-dev ## README.md from nbs/index.ipynb
 	$(BIN)/python nbs/_readme.py

@@ -2,6 +2,7 @@
 import functools
 import http.server
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_page(page, site, name):
     assert page.errors == [] and page.outside == []
     assert page.evaluate('document.documentElement.scrollWidth') <= PHONE
     assert page.evaluate("[...document.querySelectorAll('article img')].filter(i => !i.alt.trim() || !i.complete || !i.naturalWidth).map(i => i.src)") == []
+    assert re.findall(r'\w*Box\(children=.*|.*\d+%\|.*', '\n'.join(page.locator('article').all_inner_texts())) == []  # no widget that nothing drives, no bar that stands still
     inside = [u.split('#') for u in page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)") if u.startswith(site)]
     dead = [u for u, *anchor in inside if not (HTML / (u[len(site):].split('?')[0] or 'index.html')).exists()]
     assert dead == []
