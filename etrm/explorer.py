@@ -168,7 +168,7 @@ def plot_exploration(
         for ax, (name, grid) in zip(line[1:], cells): draw_panel(ax, name, grid)
     return figure
 
-# %% ../nbs/api/19_explorer.ipynb #c59d85f5
+# %% ../nbs/api/19_explorer.ipynb #b9d369d3
 def import_widgets():
     "ipywidgets, or an error that says how to get it."
     try: import ipywidgets
@@ -182,7 +182,7 @@ def describe(seen: Exploration, step: int) -> str:
     controls = [name for name, g in seen.answers.items() if seen.right(g)]
     best = seen.candidates[0] if seen.candidates else None
     return (f'{seen.task.name}: the answer is {verdict(seen, at.grid)} after step {step} (halt {at.halt:.0%}); other contexts that answer right: {", ".join(controls) or "none"}; '
-            + (f'the vote is {verdict(seen, best.grid)} with {best.count} of {sum(c.count for c in seen.candidates)}.' if best else 'there is no vote.'))
+            + (f'the vote is {verdict(seen, best.grid)} with {counted(best.count)} of {sum(c.count for c in seen.candidates)}.' if best else 'there is no vote.'))
 
 # %% ../nbs/api/19_explorer.ipynb #2f961cbc
 class Explorer:
