@@ -186,7 +186,7 @@ def test_the_explorer_answers_to_its_menus_and_its_slider(finished, page):
     page.screenshot(path=SHOTS / 'jupyterlab.png')
 
 
-def files_of_checkout() -> set: return {p.relative_to(ROOT) for kind in ('nbs/**/*', 'checkpoints/**/*', 'runs/notebook-*') for p in ROOT.glob(kind)}
+def files_of_checkout() -> set: return {p.relative_to(ROOT) for kind in ('nbs/**/*', 'checkpoints/**/*') for p in ROOT.glob(kind)}
 
 
 def digests(run: Path) -> dict: return {p.relative_to(run).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.rglob('*')) if p.is_file()}
