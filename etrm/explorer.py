@@ -184,7 +184,7 @@ def describe(seen: Exploration, step: int) -> str:
     return (f'{seen.task.name}: the answer is {verdict(seen, at.grid)} after step {step} (halt {at.halt:.0%}); other contexts that answer right: {", ".join(controls) or "none"}; '
             + (f'the vote is {verdict(seen, best.grid)} with {counted(best.count)} of {sum(c.count for c in seen.candidates)}.' if best else 'there is no vote.'))
 
-# %% ../nbs/api/19_explorer.ipynb #2f961cbc
+# %% ../nbs/api/19_explorer.ipynb #7a4efb23
 class Explorer:
     "Menus for set and task and a slider for the step, with the figure below; shows itself as a cell's last value."
     def __init__(self,
@@ -231,7 +231,7 @@ class Explorer:
     def show(self, change=None):
         if self.task.value is None: return  # the menu is being filled
         seen = self.seen()
-        with plt.ioff(): figure = plot_exploration(seen, self.step.value)
+        figure = plot_exploration(seen, self.step.value)
         plt.close(figure)  # or the notebook would show it a second time
         figure.savefig(file := io.BytesIO(), format='png', dpi=90, facecolor='white')
         words = html.escape(describe(seen, self.step.value))
