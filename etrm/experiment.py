@@ -207,7 +207,7 @@ def own_views(tasks: list[Task], known: PuzzleData, canvas: int) -> PuzzleData:
     data.identifiers[:] = [ids[n] for n in data.names]
     return data
 
-# %% ../nbs/api/18_experiment.ipynb #e86b2107
+# %% ../nbs/api/18_experiment.ipynb #67a726fa
 @torch.no_grad()
 def contexts_of(
     source: nn.Module,  # a table or an encoder
@@ -217,8 +217,9 @@ def contexts_of(
 ) -> tuple[Tensor, Tensor]:  # (Q, T, D) for each test pair of each puzzle, in order; (Q,) its task
     "The context of every query."
     source.eval()
-    batches = (to_tensors(b) for _, b in mine(eval_batches(data, batch_size, num_demos)))
-    contexts, groups = zip(*merged([(context_of(source, b), b['group']) for b in batches]))
+    device = next(iter(source.state_dict().values())).device
+    batches = (to_tensors(b, device) for _, b in mine(eval_batches(data, batch_size, num_demos)))
+    contexts, groups = zip(*merged([(context_of(source, b).cpu(), b['group'].cpu()) for b in batches]))
     return torch.cat(contexts), torch.cat(groups)
 
 
@@ -233,10 +234,10 @@ def decode(
     decoder.eval()
     if len(contexts) != (queries := sum(int(data.is_test[a:b].sum()) for a, b in zip(data.start, data.stop))): raise ValueError(f'{len(contexts)} contexts for {queries} queries')
     for i, batch in mine(eval_batches(data, batch_size)):
-        x = torch.from_numpy(batch['inputs'].astype(np.int64))
-        context, carry = contexts[i * batch_size:i * batch_size + len(x)], decoder.initial_carry(len(x))
+        x = torch.from_numpy(batch['inputs'].astype(np.int64)).to(decoder.H_init.device)
+        context, carry = contexts[i * batch_size:i * batch_size + len(x)].to(x.device), decoder.initial_carry(len(x))
         for _ in range(decoder.config.halt_max_steps): carry, logits, (halt, _) = decoder(carry, x, context)
-        yield batch, logits, halt
+        yield batch, logits.cpu(), halt.cpu()
 
 
 def answer(decoder: Decoder, data: PuzzleData, contexts: Tensor, batch_size: int = 256) -> Predictions:
@@ -307,7 +308,7 @@ def format_results(
     lines = ['| context | ' + ' | '.join(sets) + ' |', '|---' * (1 + len(sets)) + '|']
     return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods])
 
-# %% ../nbs/api/18_experiment.ipynb #4218a134
+# %% ../nbs/api/18_experiment.ipynb #ab834e74
 def train_encoder(
     config: ExperimentConfig,
     decoder: Decoder,  # frozen if the configuration says so
@@ -320,7 +321,7 @@ def train_encoder(
     sets: dict[str, list[Task]] | None = None,  # measured every `train.eval_every` updates
 ) -> DemoEncoder:  # with averaged weights
     "Train a demonstration encoder through the decoder."
-    encoder = new_encoder(config, decoder, table).to(device)
+    encoder = new_encoder(config, decoder.to(device), table).to(device)
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
     stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate)
     parts, checkpoint = dict(decoder=decoder, encoder=encoder), Path(folder) / 'checkpoint' if folder else None
@@ -340,7 +341,7 @@ def train_encoder(
     if trainer.ema: trainer.ema.swap(trainer.modules)
     return encoder.eval()
 
-# %% ../nbs/api/18_experiment.ipynb #e85827aa
+# %% ../nbs/api/18_experiment.ipynb #1b609ede
 def new_encoder(
     config: ExperimentConfig,
     decoder: Decoder,
@@ -368,13 +369,14 @@ def regress_on_rows(
     if table is None or len(table.weights) != data.num_identifiers:
         raise ValueError(f'regression needs a table with a row for each of the {data.num_identifiers - 1} puzzles, not {"none" if table is None else len(table.weights) - 1}')
     stream, rows = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate), table.lay_out(table.weights[1:])
-    losses = RowLosses(rows)
+    device = next(encoder.parameters()).device
+    losses = RowLosses(rows).to(device)
     adam = AdamATan2([*encoder.parameters(), *losses.parameters()], lr=c.optim.lr, betas=(c.optim.beta1, c.optim.beta2), weight_decay=c.optim.weight_decay)
     place, start = folder and Path(folder) / 'regression', 0
     if place and found_at(place, config): start = resume_regression(place, encoder, losses, adam, record)
     elif place: record.rewind(0)
     for i in trange(start, c.steps, desc='regression', mininterval=1, disable=not is_first()):
-        batch = to_tensors(stream.batch(i, share(c.global_batch_size)))
+        batch = to_tensors(stream.batch(i, share(c.global_batch_size)), device)
         with GlobalDraws(): found = {k: v / world_size() for k, v in losses(context_of(encoder.train(), batch), batch['puzzle_identifiers'] - 1).items()}
         (c.squared * found['error'] + c.softmax * found['softmax']).backward()
         for module in (encoder, losses): sum_gradients(module)
@@ -417,13 +419,13 @@ class RowLosses(nn.Module):
         logits = self.log_scale.exp() * F.normalize(x, dim=1) @ F.normalize(self.rows, dim=1).T  # (B, M)
         return dict(error=error, softmax=F.cross_entropy(logits, row), top1=(logits.argmax(1) == row).float().mean().detach())
 
-# %% ../nbs/api/18_experiment.ipynb #4f937e7b
+# %% ../nbs/api/18_experiment.ipynb #ae97b2ff
 def check_decoder(
     decoder: Decoder,
     path: str | Path,  # the checkpoint it was read from
 ) -> str:  # as '14 of 14 tensors equal'
     "Compare a decoder with its checkpoint; any difference is an error."
-    rows = compare_decoders(read_tensors(path)['decoder'], decoder.state_dict())
+    rows = compare_decoders(read_tensors(path)['decoder'], {n: t.cpu() for n, t in decoder.state_dict().items()})
     wrong = [f"{r['name']} {r['verdict']}" for r in rows if r['verdict'] != 'equal']
     if wrong: raise CheckpointError(f'the decoder is not the one in {path}: {", ".join(wrong)}')
     return f'{len(rows)} of {len(rows)} tensors equal'
@@ -444,6 +446,7 @@ def run(
     wandb_on: bool = True,
     say=print,  # gets each line of the report
     resume: str | Path | None = None,  # folder of an interrupted run, to go on with
+    device: str = 'cpu',
 ) -> Path:  # the run's folder: config, record, results, verdict, figures, encoder checkpoint
     "The frozen-decoder experiment, end to end."
     say = say if is_first() else (lambda line: None)
@@ -456,8 +459,8 @@ def run(
     say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))
     tracked = start_wandb(folder, folder.name, plain) if wandb_on and is_first() else None
     record = Record(folder, tracked)
-    if is_trained(folder): decoder, encoder, _ = load_encoder(folder / 'checkpoint')
-    else: encoder = train_encoder(config, decoder, table, train, record, folder, sets=sets)
+    if is_trained(folder): decoder, encoder = (module.to(device) for module in load_encoder(folder / 'checkpoint')[:2])
+    else: encoder = train_encoder(config, decoder, table, train, record, folder, device, sets=sets)
     if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
     save_first(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), config)
     known = known_puzzles(trained_as, train, config) if table is not None else None

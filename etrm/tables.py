@@ -87,7 +87,7 @@ def puzzles_of(
     names = {t.name for t in train}
     return known, {name: tasks for name, tasks in sets.items() if all(t.name in names for t in tasks)}
 
-# %% ../nbs/api/18_tables.ipynb #426ec1c9
+# %% ../nbs/api/18_tables.ipynb #77f33454
 AT_ONCE = 4096
 
 
@@ -122,6 +122,7 @@ def evaluate_dataset(
     checkpoint: str | Path,
     max_groups: int = 0,  # the first N groups of its test split; 0 takes all
     batch_size: int = 256,
+    device: str = 'cpu',  # of the decoder; the table stays in its file
 ) -> tuple[list[dict], dict[str, Votes]]:
     "Score a table on a dataset's test split: what the official evaluator does."
     folder, data = Path(folder), read_dataset(folder, 'test')
@@ -133,4 +134,4 @@ def evaluate_dataset(
     asked = {Augmentation.from_name(name)[0] for name in data.names}
     tasks = [t for t in load_challenges(folder / 'test_puzzles.json') if t.name in asked]
     if strange := sorted(asked - {t.name for t in tasks}): raise ValueError(f'{folder / "test_puzzles.json"} lacks {strange[0]!r}, which the test split asks')
-    return scored(decoder, table, {'test': tasks}, {'test': data}, batch_size)
+    return scored(decoder.to(device), table, {'test': tasks}, {'test': data}, batch_size)
