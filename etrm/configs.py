@@ -20,14 +20,14 @@ from .decoder import DecoderConfig
 from .encoders import EncoderConfig
 from .training import TrainConfig
 
-# %% ../nbs/api/17_configs.ipynb #71a03536
+# %% ../nbs/api/17_configs.ipynb #d3b19381
 class Settings(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
 
 
 class TasksConfig(Settings):
     "Which tasks there are, and how many."
-    source: Literal['families', 'arc1', 'arc2'] = 'families'
+    source: Literal['families', 'arc1', 'arc2', 'arc1_contaminated', 'arc2_contaminated'] = 'families'
     fit: int = Field(0, ge=0, description='only tasks whose grids all fit a square of this side; 0 takes the canvas')
     max_train_groups: int = Field(128, ge=0, description='the first N training tasks; 0 takes all, where there is an end to them')
     max_eval_groups: int = Field(100, ge=0, description='the first N tasks of each evaluation set; 0 takes all, or of procedural tasks 400')

@@ -14,7 +14,7 @@ from tqdm.auto import trange
 from .decoder import Decoder
 from .layers import truncated_normal_
 
-# %% ../nbs/api/06_contexts.ipynb #707b1697
+# %% ../nbs/api/06_contexts.ipynb #dbcec5cc
 class PuzzleEmbedding(nn.Module):
     "TRM's table of learned puzzle embeddings: the context source that cannot meet a new task."
     reads = ("puzzle_identifiers",)  # what it is called with, of a batch
@@ -38,7 +38,7 @@ class PuzzleEmbedding(nn.Module):
     ) -> Tensor:  # (B, T, D)
         low, high = int(puzzle_identifiers.min()), int(puzzle_identifiers.max())
         if low < 0 or high >= len(self.weights): raise ValueError(f'puzzle identifiers {low}..{high} are outside the table of {len(self.weights)} rows')
-        rows = self.weights[puzzle_identifiers]
+        rows = self.weights[puzzle_identifiers].float()  # a table may be kept in bfloat16
         if self.training and torch.is_grad_enabled():
             self.touched = puzzle_identifiers, rows.requires_grad_()
             if self.noise: rows = rows + self.noise * self.weights.std() * torch.randn_like(rows)
@@ -46,7 +46,7 @@ class PuzzleEmbedding(nn.Module):
 
     def lay_out(self, rows: Tensor) -> Tensor:
         "Rows (B, puzzle_emb_ndim) as contexts (B, T, D), zeros behind."
-        return F.pad(rows, (0, self.puzzle_emb_len * self.hidden_size - rows.shape[1])).view(-1, self.puzzle_emb_len, self.hidden_size)
+        return F.pad(rows.float(), (0, self.puzzle_emb_len * self.hidden_size - rows.shape[1])).view(-1, self.puzzle_emb_len, self.hidden_size)
 
 # %% ../nbs/api/06_contexts.ipynb #3cf5c3f5
 def zero(

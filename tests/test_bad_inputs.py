@@ -344,7 +344,7 @@ def test_fuzzed_official_configuration_takes_no_memory_and_only_raises_checkpoin
     finally: file.write_bytes(good)
 
 
-@pytest.mark.parametrize('change, said', [({'L_layers': 10**9}, 'layers over'), ({'canvas': 10**6}, 'tokens'), ({'hidden_size': 2**20}, 'far more than its tensors have'), ({'H_cycles': -1}, 'does not describe a decoder'), ({'canvas': [3]}, 'does not describe a decoder')])
+@pytest.mark.parametrize('change, said', [({'L_layers': 10**9}, 'layers over'), ({'canvas': 10**6}, 'tokens'), ({'hidden_size': 2**20}, 'decoder.hidden_size contradicts the weights'), ({'H_cycles': -1}, 'does not describe a decoder'), ({'canvas': [3]}, 'does not describe a decoder')])
 def test_configuration_that_asks_for_too_much(saved, change, said):
     (saved / 'SHA256SUMS').unlink()
     (saved / 'config.yaml').write_text(yaml.safe_dump(dict(decoder=SIZES.model_dump() | change)))
@@ -619,7 +619,7 @@ def test_exit_codes_are_in_the_help_and_as_said(tmp_path):
     said = ' '.join(cli.invoke(app, ['--help']).stdout.split())
     assert 'Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C.' in said
     wrong = [['inspect', str(tmp_path / 'nowhere')], ['run', '--no-such-option'], ['nothing'], ['run', 'lab', 'train.stepz=1'], ['scenario', str(tmp_path)], ['study', 'nothing'], ['data', 'nothing', str(tmp_path / 'set')], ['search', str(tmp_path)],
-             ['score', str(tmp_path / 'no.json')], ['evaluate', str(LAB)], ['compare-contexts', str(LAB)], ['oracle', 'lab', '--decoder', str(tmp_path)], ['study', 'encoders', '--seeds', 'one']]
+             ['score', str(tmp_path / 'no.json')], ['evaluate', str(LAB), '--model-type', 'etrm'], ['compare-contexts', str(LAB)], ['oracle', 'lab', '--decoder', str(tmp_path)], ['study', 'encoders', '--seeds', 'one']]
     for arguments in wrong:
         found = cli.invoke(app, arguments)
         assert found.exit_code == 2 and found.stdout == '' and found.stderr and 'Traceback' not in found.stderr, arguments
