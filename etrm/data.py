@@ -47,7 +47,7 @@ class PuzzleData:
         "Only the puzzles of the first `n` groups."
         return self.take(np.flatnonzero(np.isin(self.group, np.unique(self.group)[:n])))
 
-# %% ../nbs/api/03_data.ipynb #ba56befa
+# %% ../nbs/api/03_data.ipynb #55d92030
 def puzzle_data(
     tasks: list[Task],  # each becomes a group
     canvas: int,  # side of the square that every grid must fit
@@ -77,12 +77,14 @@ def distinct_augmentations(
     seed: list[int],
 ) -> list[Augmentation]:  # the identity first; fewer where the task has too few distinct ones
     "Augmentations under which the task's inputs all look different from each other."
-    rng, found = np.random.default_rng(seed), {inputs.tobytes(): Augmentation()}
-    for _ in range(5 * num_aug):  # give up on a task that is too symmetric
-        if len(found) > num_aug: break
-        a = Augmentation.random(rng)
-        seen = augment_tokens(inputs, canvas, np.full(len(inputs), a.dihedral), np.tile(np.array(a.colours, np.uint8), (len(inputs), 1))).tobytes()
-        found.setdefault(seen, a)
+    side = max(1, int(token_sizes(inputs, canvas).max()))  # as small a canvas tells grids apart as well
+    small = inputs.reshape(-1, canvas, canvas)[:, :side, :side].reshape(len(inputs), -1)
+    rng, found, left = np.random.default_rng(seed), {small.tobytes(): Augmentation()}, 5 * num_aug  # give up on a task that is too symmetric
+    while (wanted := min(num_aug + 1 - len(found), left)) > 0:
+        drawn = [Augmentation.random(rng) for _ in range(wanted)]
+        dihedral, colours = (np.repeat(np.array(x, np.uint8), len(small), 0) for x in ([a.dihedral for a in drawn], [a.colours for a in drawn]))
+        for a, seen in zip(drawn, augment_tokens(np.tile(small, (wanted, 1)), side, dihedral, colours).reshape(wanted, -1)): found.setdefault(seen.tobytes(), a)
+        left -= wanted
     return list(found.values())
 
 # %% ../nbs/api/03_data.ipynb #3dc32df8
