@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['DecoderConfig', 'Carry', 'TokenEmbedding', 'Level', 'Decoder']
 
-# %% ../nbs/api/05_decoder.ipynb #9bfa20ab
+# %% ../nbs/api/05_decoder.ipynb #4418a2c5
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -51,14 +52,15 @@ class Carry:
     steps: Tensor  # (B,) int32, supervision steps since the slot was reset
     halted: Tensor  # (B,) bool, the slot is reset at the next step
 
-# %% ../nbs/api/05_decoder.ipynb #a0b977af
+# %% ../nbs/api/05_decoder.ipynb #81cbcce7
 class TokenEmbedding(nn.Module):
     "Token table, initialised with standard deviation 1/sqrt(D)."
     def __init__(self, vocab_size: int, hidden_size: int):
         super().__init__()
         self.embedding_weight = nn.Parameter(truncated_normal_(torch.empty(vocab_size, hidden_size), hidden_size**-.5))
 
-    def forward(self, tokens: Tensor) -> Tensor: return self.embedding_weight[tokens]
+    # not `embedding_weight[tokens]`: its gradient on several threads adds up in no fixed order
+    def forward(self, tokens: Tensor) -> Tensor: return F.embedding(tokens, self.embedding_weight)
 
 
 class Level(nn.Module):

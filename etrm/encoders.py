@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['EncoderConfig', 'Cells', 'Pool', 'DemoEncoder', 'symmetric_root']
 
-# %% ../nbs/api/07_encoders.ipynb #e8f61914
+# %% ../nbs/api/07_encoders.ipynb #4f813257
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class EncoderConfig(BaseModel):
     @property
     def width(self) -> int: return self.encoder_hidden_size or self.hidden_size
 
-# %% ../nbs/api/07_encoders.ipynb #a80e0cd9
+# %% ../nbs/api/07_encoders.ipynb #55681ab3
 class Cells(nn.Module):
     "Embed a pair's cells and let them read each other."
     def __init__(self, config: EncoderConfig):
@@ -71,9 +72,10 @@ class Cells(nn.Module):
 
     def embed(self, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
         "The places before they read each other: sums of unit-variance vectors, scaled back to unit variance."
-        if self.both is None: x, mask = torch.cat([self.tables[0][inputs], self.tables[1][outputs]], dim=1), torch.cat([inputs, outputs], dim=1) != PAD
+        if self.both is None: x, mask = torch.cat([F.embedding(inputs, self.tables[0]), F.embedding(outputs, self.tables[1])], dim=1), torch.cat([inputs, outputs], dim=1) != PAD
         else:
-            x = (self.tables[0][inputs] + self.tables[1][outputs] + self.both[inputs * self.config.vocab_size + outputs]) / 3**.5
+            at_both = inputs * self.config.vocab_size + outputs
+            x = (F.embedding(inputs, self.tables[0]) + F.embedding(outputs, self.tables[1]) + F.embedding(at_both, self.both)) / 3**.5
             mask = (inputs != PAD) | (outputs != PAD)
         return (x if self.places is None else (x + self.places) / 2**.5), mask
 

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from etrm import checkpoints
 from etrm.checkpoints import finish_interrupted_save, load_checkpoint, load_training_state, read_tensors
 from etrm.configs import load_config
+from etrm.decoder import Decoder
 from etrm.experiment import make_task_sets, pretrain, save_first, train_encoder
 from etrm.tracking import Record
 
@@ -34,8 +35,8 @@ def train_with_regression(folder: Path, table: Path):
     save_first(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), ENCODER)
 
 
-def child(train, folder: Path, table: Path, dies_at: int):  # 0 lives
-    torch.set_num_threads(1)
+def child(train, folder: Path, table: Path, dies_at: int, threads: int = 1):  # 0 lives
+    torch.set_num_threads(threads)
     if dies_at: die_in_a_save(dies_at)
     train(folder, table)
 
@@ -135,3 +136,23 @@ def test_a_finished_run_is_read_back_and_another_configuration_is_refused(straig
     assert torch.equal(rows.weights, expected[train_table][0]['table']['weights']) and (folder / 'record.jsonl').read_text() == expected[train_table][1]
     longer = TABLE.model_copy(update=dict(pretrain=TABLE.pretrain.model_copy(update=dict(steps=13))))
     with pytest.raises(checkpoints.CheckpointError, match='pretrain.steps is 12 in the checkpoint, 13 now'): pretrain(longer, folder)
+
+
+def train_through_the_decoder(folder: Path, table: Path):
+    "Batches large enough for torch to share each operation among its threads; decoder and encoder train."
+    config = load_config('cfg_test_frozen_decoder', TINY + ('train.steps=4', 'train.global_batch_size=64', 'train.freeze_decoder=false'))
+    torch.manual_seed(0)
+    decoder = Decoder(config.decoder)
+    encoder = train_encoder(config, decoder, None, make_task_sets(config)[0], lambda *_: None)
+    save_first(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), config)
+
+
+def test_threads_add_up_in_one_order(tmp_path):
+    "Gradients that threads add to one another's in no fixed order would differ from run to run."
+    found = []
+    for i in range(3):
+        process = start(train_through_the_decoder, tmp_path / str(i), tmp_path, 0, 2)
+        process.join()
+        assert process.exitcode == 0
+        found.append((read_tensors(tmp_path / str(i) / 'checkpoint'), ''))
+    for again in found[1:]: assert_same(again, found[0])
