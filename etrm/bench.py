@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'step_flops', 'plain_norm', 'plain_attention', 'plain_f', 'plain_step', 'rates', 'matmul_peak',
-           'training_step', 'evaluation_step', 'measure', 'format_rows', 'measure_data', 'copies']
+           'training_step', 'evaluation_step', 'measure', 'format_rows', 'measure_data', 'copies', 'measure_crop',
+           'step_on']
 
 # %% ../nbs/api/19_bench.ipynb #934c764d
 import resource
@@ -188,3 +189,31 @@ def copies(data) -> Predictions:
     outputs, odd = inputs.copy(), np.arange(len(inputs)) % 2 == 1
     outputs[odd, 0] = np.arange(len(inputs))[odd] // 2 % 10 + 2
     return Predictions([data.names[p] for b in batches for p in b['puzzle']], inputs, outputs, np.zeros(len(inputs), np.float32), data.canvas)
+
+# %% ../nbs/api/19_bench.ipynb #4a8d52e3
+def measure_crop(
+    tasks: list[Task],
+    config: DecoderConfig = SHAPES['ARC, official'][0],
+    crop: int = 1,         # sides of the rectangles are rounded up to multiples of this
+    batch_size: int = 8,
+    seconds: float = 3.,   # for each figure
+) -> dict[str, float]:
+    "Samples a second of a training step on real batches, on the whole canvas and cropped."
+    stream, many = (Stream(puzzle_data(tasks, config.canvas), n, extents=True) for n in (batch_size, 4096))
+    share = lambda batch: float(np.minimum(-(-batch['extent'] // crop) * crop, config.canvas).prod(1).mean()) / config.seq_len
+    usual = share(many.batch(0))
+    batch = min((stream.batch(i) for i in range(64)), key=lambda b: abs(share(b) - usual))
+    found = rates({'whole canvas': step_on(config, batch), 'cropped': step_on(config.model_copy(update=dict(crop=crop)), batch)}, seconds)
+    return {'share of the canvas, all tasks': usual, 'share of the canvas, these samples': share(batch)} | {f'{k}, samples/s': batch_size * r for k, r in found.items()} | {'times as fast': found['cropped'] / found['whole canvas']}
+
+
+def step_on(config: DecoderConfig, batch: dict[str, np.ndarray]):
+    "A function that makes one training step on this batch, all weights trained."
+    torch.manual_seed(0)
+    decoder, (inputs, labels, extent) = Decoder(config).train(), (torch.from_numpy(batch[k]).long() for k in ('inputs', 'labels', 'extent'))
+    context, optimiser = torch.zeros(len(inputs), config.puzzle_emb_len, config.hidden_size), AdamATan2(decoder.parameters())
+    def step():
+        _, logits, (q_halt, _) = decoder(decoder.initial_carry(len(inputs)), inputs, context, extent)
+        (trm_loss(logits, q_halt, labels)[0].sum() / len(inputs)).backward()
+        optimiser.step(); optimiser.zero_grad(set_to_none=True)
+    return step

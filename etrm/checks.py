@@ -29,7 +29,7 @@ def config_differences(
     "What two configurations differ in, key by key."
     return [f'{k} {v} against {getattr(second, k)}' for k, v in first.model_dump().items() if v != getattr(second, k)]
 
-# %% ../nbs/api/14_checks.ipynb #d24d9e4a
+# %% ../nbs/api/14_checks.ipynb #aa6ec704
 @torch.no_grad()
 def check_answers(
     first: Decoder,
@@ -58,11 +58,12 @@ def last_logits(decoder: Decoder, inputs: Tensor, contexts: Tensor) -> Tensor:  
     "The logits after all of the decoder's supervision steps, in evaluation mode."
     training, carry = decoder.training, decoder.initial_carry(len(inputs))
     decoder.eval()
-    for _ in range(decoder.config.halt_max_steps): carry, logits, _ = decoder(carry, inputs, contexts)
+    extent = torch.full((len(inputs), 2), decoder.config.canvas, device=inputs.device)  # the whole canvas
+    for _ in range(decoder.config.halt_max_steps): carry, logits, _ = decoder(carry, inputs, contexts, extent)
     decoder.train(training)
     return logits
 
-# %% ../nbs/api/14_checks.ipynb #9475686d
+# %% ../nbs/api/14_checks.ipynb #05283d81
 def check_gradients(
     decoder: Decoder,
     source: nn.Module,  # an encoder
@@ -83,7 +84,7 @@ def loss_of_first_step(decoder: Decoder, source: nn.Module, batch: dict[str, Ten
     "The loss of one update from a fresh carry, divided by the batch size."
     context = context_of(source, batch)
     if not context.requires_grad: context = context.detach().requires_grad_()  # so that a source cut off is found by its parameters
-    _, logits, (q_halt, _) = decoder(decoder.initial_carry(len(context)), batch['inputs'], context)
+    _, logits, (q_halt, _) = decoder(decoder.initial_carry(len(context)), batch['inputs'], context, batch.get('extent'))
     return trm_loss(logits, q_halt, batch['labels'])[0].mean() + getattr(source, 'extra_loss', 0.)
 
 # %% ../nbs/api/14_checks.ipynb #74f7df56

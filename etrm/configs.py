@@ -6,21 +6,21 @@
 __all__ = ['Settings', 'TasksConfig', 'TableConfig', 'RegressionConfig', 'EvaluationConfig', 'ExperimentConfig', 'config_names',
            'load_config', 'read_yaml', 'merged', 'explain', 'section']
 
-# %% ../nbs/api/17_configs.ipynb #a30a424e
+# %% ../nbs/api/17_configs.ipynb #fe19008f
 import difflib
 import reprlib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .checkpoints import plain_yaml, read_plain_yaml
 from .decoder import DecoderConfig
 from .encoders import EncoderConfig
 from .training import TrainConfig
 
-# %% ../nbs/api/17_configs.ipynb #d3b19381
+# %% ../nbs/api/17_configs.ipynb #6d5131bd
 class Settings(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
 
@@ -72,6 +72,11 @@ class ExperimentConfig(Settings):
     translate: bool = False
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode='after')
+    def _grids_in_the_corner(self):
+        if self.translate and self.decoder.crop is not None: raise ValueError('decoder.crop needs grids at the top left corner: set translate=false, or decoder.crop=null')
+        return self
+
     def encoder_config(self, decoder: DecoderConfig) -> EncoderConfig:
         "The encoder's configuration on top of this decoder."
         c = EncoderConfig(**{k: getattr(decoder, k) for k in ('canvas', 'vocab_size', 'hidden_size', 'puzzle_emb_len', 'num_heads', 'expansion')} | self.encoder)
@@ -79,7 +84,7 @@ class ExperimentConfig(Settings):
             if getattr(c, key) != getattr(decoder, key): raise ValueError(f'encoder.{key} is {getattr(c, key)}, but the frozen decoder was trained with {getattr(decoder, key)}')
         return c
 
-# %% ../nbs/api/17_configs.ipynb #b48d7f7e
+# %% ../nbs/api/17_configs.ipynb #78e2c8bc
 def config_names() -> list[str]:
     "The configurations that are shipped."
     return sorted(p.name.removesuffix('.yaml') for p in files('etrm').joinpath('configs').iterdir() if p.name.endswith('.yaml'))
@@ -128,6 +133,7 @@ def explain(error: ValidationError, name: str | Path) -> str:
             for part in e['loc'][:-1]: model = section(model.model_fields[part].annotation)
             near = difflib.get_close_matches(str(e['loc'][-1]), model.model_fields, 1)
             line = f'unknown key {key}' + (f'; did you mean {near[0]!r}?' if near else f'; there are {", ".join(model.model_fields)}')
+        if not key: line = e['msg'].removeprefix('Value error, ')  # of two keys that contradict each other
         lines.append(line)
     return f'configuration {name}: ' + '; '.join(lines)
 

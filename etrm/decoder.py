@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DecoderConfig', 'Carry', 'TokenEmbedding', 'Level', 'Decoder']
 
-# %% ../nbs/api/05_decoder.ipynb #4418a2c5
+# %% ../nbs/api/05_decoder.ipynb #285c3fd7
 from dataclasses import dataclass
-from typing import Literal
+from typing import Iterator, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .grids import VOCAB_SIZE
 from .layers import Block, linear, rotary_tables, truncated_normal_
 
-# %% ../nbs/api/05_decoder.ipynb #80d5b597
+# %% ../nbs/api/05_decoder.ipynb #6669378b
 class DecoderConfig(BaseModel):
     "Sizes of the decoder; the defaults are the official ones for ARC-AGI."
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -33,6 +33,7 @@ class DecoderConfig(BaseModel):
     halt_max_steps: int = Field(16, ge=1, description='supervision steps')
     halt_exploration_prob: float = Field(.1, ge=0, le=1)
     forward_dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
+    crop: int | None = Field(None, ge=1, description='compute only the rectangle that a sample\'s query and demonstrations fill, its sides rounded up to multiples of this; None: the whole canvas, as the official program')
 
     @model_validator(mode='after')
     def _head_width(self):
@@ -73,7 +74,7 @@ class Level(nn.Module):
         for layer in self.layers: x = layer(x, rotary)
         return x
 
-# %% ../nbs/api/05_decoder.ipynb #b2fec710
+# %% ../nbs/api/05_decoder.ipynb #79de72a2
 class Decoder(nn.Module):
     "TRM's recursive decoder, steered by a context (arXiv 2510.04871)."
     def __init__(self,
@@ -104,28 +105,53 @@ class Decoder(nn.Module):
             raise ValueError(f'inputs have {inputs.shape[1]} places, the decoder canvas {self.config.canvas} has {self.config.seq_len}')
         return self.config.hidden_size**.5 * torch.cat([context, self.embed_tokens(inputs)], dim=1)
 
-    def cycle(self, z_H: Tensor, z_L: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    def cycle(self, z_H: Tensor, z_L: Tensor, e: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         "One H cycle: refine the reasoning L_cycles times, then the answer once."
-        for _ in range(self.config.L_cycles): z_L = self.L_level(z_L + (z_H + e), (self.cos, self.sin))
-        return self.L_level(z_H + z_L, (self.cos, self.sin)), z_L
+        for _ in range(self.config.L_cycles): z_L = self.L_level(z_L + (z_H + e), rotary)
+        return self.L_level(z_H + z_L, rotary), z_L
 
-    def recur(self, z_H: Tensor, z_L: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        "All H cycles; gradients only through the last."
+    def recur(self, z_H: Tensor, z_L: Tensor, e: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # z_H, z_L, logits
+        "All H cycles, gradients only through the last; then the answer is read off."
         with torch.no_grad():
-            for _ in range(self.config.H_cycles - 1): z_H, z_L = self.cycle(z_H, z_L, e)
-        return self.cycle(z_H, z_L, e)
+            for _ in range(self.config.H_cycles - 1): z_H, z_L = self.cycle(z_H, z_L, e, rotary)
+        z_H, z_L = self.cycle(z_H, z_L, e, rotary)
+        return z_H, z_L, self.lm_head(z_H[:, self.config.puzzle_emb_len:])
+
+    def rectangles(self, extent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # rows of the batch (n,), their places among the T+S (m,)
+        "Samples that are cropped to the same rectangle, and its places."
+        c, T = self.config, self.config.puzzle_emb_len
+        sides = (-(-extent // c.crop) * c.crop).clamp(max=c.canvas)
+        number = T + torch.arange(c.seq_len, device=extent.device).view(c.canvas, c.canvas)
+        for h, w in sides.unique(dim=0).tolist():
+            rows = ((sides[:, 0] == h) & (sides[:, 1] == w)).nonzero()[:, 0]
+            yield rows, torch.cat([torch.arange(T, device=extent.device), number[:h, :w].flatten()])
+
+    def recur_within(self, z_H: Tensor, z_L: Tensor, e: Tensor, extent: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:  # as `recur`
+        "`recur` on each sample's own rectangle. Elsewhere states stay what they were, and logits are 0, which answers PAD."
+        if extent is None or tuple(extent.shape) != (len(e), 2):
+            raise ValueError(f'decoder.crop is {self.config.crop}: each sample needs its extent, (B, 2) = {(len(e), 2)}, not {extent if extent is None else tuple(extent.shape)}; data.extents makes it')
+        if extent.min() < 1 or extent.max() > self.config.canvas: raise ValueError(f'an extent has sides from 1 to {self.config.canvas}, got {extent.min()} to {extent.max()}')
+        new_H, new_L, logits = z_H, z_L, None
+        for rows, places in self.rectangles(extent):
+            at = rows[:, None], places
+            H, L, found = self.recur(z_H[at], z_L[at], e[at], (self.cos[places], self.sin[places]))
+            if logits is None: logits = found.new_zeros(len(e), self.config.seq_len, self.config.vocab_size)
+            cells = rows[:, None], places[self.config.puzzle_emb_len:] - self.config.puzzle_emb_len
+            new_H, new_L, logits = new_H.index_put(at, H.to(new_H.dtype)), new_L.index_put(at, L.to(new_L.dtype)), logits.index_put(cells, found)
+        return new_H, new_L, logits
 
     def forward(self,
         carry: Carry,  # from `initial_carry` or the step before
         inputs: Tensor,  # (B, S) tokens of the queries
         context: Tensor,  # (B, T, D)
+        extent: Tensor | None = None,  # (B, 2) int, sides of the rectangle that holds query and demonstrations, EOS included; read where `config.crop` is set
     ) -> tuple[Carry, Tensor, tuple[Tensor, Tensor]]:  # carry, logits (B, S, vocab_size), (q_halt, q_continue) each (B,) float32
         "One supervision step."
         reset = carry.halted[:, None, None]
         z_H, z_L = torch.where(reset, self.H_init, carry.z_H), torch.where(reset, self.L_init, carry.z_L)
         with torch.autocast(z_H.device.type, torch.bfloat16, enabled=self.config.forward_dtype == 'bfloat16'):
-            z_H, z_L = self.recur(z_H, z_L, self.embed(inputs, context))
-            logits = self.lm_head(z_H[:, self.config.puzzle_emb_len:])
+            e = self.embed(inputs, context)
+            z_H, z_L, logits = self.recur(z_H, z_L, e, (self.cos, self.sin)) if self.config.crop is None else self.recur_within(z_H, z_L, e, extent)
         q_halt, q_continue = self.q_head(z_H[:, 0].float()).unbind(-1)
         steps = torch.where(carry.halted, 0, carry.steps) + 1
         return Carry(z_H.detach().float(), z_L.detach().float(), steps, self.halt(steps, q_halt.detach())), logits, (q_halt, q_continue)

@@ -108,7 +108,7 @@ def check_answers_stay_out(train: list[Task], held_out: list[Task]):
     if strange := [(a, b) for a, b in shared_pairs(train, answers_of(held_out)) if a != b or any(t.name == a and t.test for t in train)]:
         raise LeakageError(f'the training pairs hold {len(strange)} answers, up to augmentation: {strange[0][0]} has one of {strange[0][1]}; drop these tasks')
 
-# %% ../nbs/api/18_experiment.ipynb #6b43181e
+# %% ../nbs/api/18_experiment.ipynb #dd24d612
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
     "A fresh table for these puzzles."
     d = config.decoder
@@ -139,7 +139,7 @@ def pretrain(
     record, parts, checkpoint = Record(folder, wandb_run), dict(decoder=decoder, table=table), folder / 'checkpoint'
     if read_back(checkpoint, parts, config, record): return decoder.eval(), table.eval()
     if not checkpoint.exists(): record.rewind(0)  # killed before its first save
-    trainer = Trainer(decoder, table, Stream(data, config.pretrain.global_batch_size, config.pretrain.seed, translate=config.translate), config.pretrain)
+    trainer = Trainer(decoder, table, Stream(data, config.pretrain.global_batch_size, config.pretrain.seed, translate=config.translate, extents=decoder.config.crop is not None), config.pretrain)
     queries = own_views(sets['training tasks'], data, config.decoder.canvas)
     def evaluate():
         hits = exact_hits(decoder, table, queries, 0, config.evaluation.batch_size)
@@ -207,7 +207,7 @@ def own_views(tasks: list[Task], known: PuzzleData, canvas: int) -> PuzzleData:
     data.identifiers[:] = [ids[n] for n in data.names]
     return data
 
-# %% ../nbs/api/18_experiment.ipynb #67a726fa
+# %% ../nbs/api/18_experiment.ipynb #c2d352e8
 @torch.no_grad()
 def contexts_of(
     source: nn.Module,  # a table or an encoder
@@ -233,10 +233,11 @@ def decode(
     "Run all supervision steps on every query of this process's batches."
     decoder.eval()
     if len(contexts) != (queries := sum(int(data.is_test[a:b].sum()) for a, b in zip(data.start, data.stop))): raise ValueError(f'{len(contexts)} contexts for {queries} queries')
-    for i, batch in mine(eval_batches(data, batch_size)):
+    for i, batch in mine(eval_batches(data, batch_size, extents=decoder.config.crop is not None)):
         x = torch.from_numpy(batch['inputs'].astype(np.int64)).to(decoder.H_init.device)
         context, carry = contexts[i * batch_size:i * batch_size + len(x)].to(x.device), decoder.initial_carry(len(x))
-        for _ in range(decoder.config.halt_max_steps): carry, logits, (halt, _) = decoder(carry, x, context)
+        extent = torch.from_numpy(batch['extent']).to(x.device) if 'extent' in batch else None
+        for _ in range(decoder.config.halt_max_steps): carry, logits, (halt, _) = decoder(carry, x, context, extent)
         yield batch, logits.cpu(), halt.cpu()
 
 
@@ -308,7 +309,7 @@ def format_results(
     lines = ['| context | ' + ' | '.join(sets) + ' |', '|---' * (1 + len(sets)) + '|']
     return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods])
 
-# %% ../nbs/api/18_experiment.ipynb #ab834e74
+# %% ../nbs/api/18_experiment.ipynb #d6172ac3
 def train_encoder(
     config: ExperimentConfig,
     decoder: Decoder,  # frozen if the configuration says so
@@ -323,7 +324,7 @@ def train_encoder(
     "Train a demonstration encoder through the decoder."
     encoder = new_encoder(config, decoder.to(device), table).to(device)
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
-    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate)
+    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate, decoder.config.crop is not None)
     parts, checkpoint = dict(decoder=decoder, encoder=encoder), Path(folder) / 'checkpoint' if folder else None
     if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()
     fresh = not (checkpoint and checkpoint.exists())
@@ -563,7 +564,7 @@ def search_tasks(
     summary = [dict(task=t.name, loss_before=at(0, i), loss_after=at(-1, i), solved=solved.get(t.name)) for i, t in enumerate(tasks)]
     return dict(summary=summary, submission=submission(votes))
 
-# %% ../nbs/api/18_experiment.ipynb #5eb404cc
+# %% ../nbs/api/18_experiment.ipynb #1c469e46
 def oracle(
     decoder: Decoder,
     table: PuzzleEmbedding,  # the search starts from the mean of its rows
@@ -577,14 +578,14 @@ def oracle(
     rows = []
     for name, tasks in sets.items():
         data = puzzle_data(tasks, decoder.config.canvas)
-        b = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos)))
+        b = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos, extents=decoder.config.crop is not None)))
         fitted = {'demonstrations': (b['demo_inputs'], torch.from_numpy(to_labels(b['demo_labels'].numpy())), b['demo_mask']),
                   'answer': (b['inputs'][:, None], b['labels'][:, None], torch.ones(len(b['inputs']), 1, dtype=torch.bool))}
         start = table.lay_out(table.weights[1:].mean(0, keepdim=True)).expand(len(b['inputs']), -1, -1)
         for what, pairs in fitted.items():
             def watch(step, contexts):
                 if step in marks: rows.append(measured_row(measures(decoder, data, contexts), set=name, fitted_to=what, steps=step))
-            search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch)
+            search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch, extent=b['extent'][:, None] if what == 'answer' and 'extent' in b else None)
     return rows
 
 

@@ -18,7 +18,7 @@ from .checkpoints import CheckpointError, load_checkpoint, load_training_state, 
 from .contexts import PuzzleEmbedding
 from .decoder import Decoder
 
-# %% ../nbs/api/10_official.ipynb #30faf877
+# %% ../nbs/api/10_official.ipynb #b43c512a
 PREFIX = '_orig_mod.model.inner.'
 
 
@@ -29,6 +29,7 @@ def official_config(
 ) -> dict:
     "What the official program needs to know to build this model."
     c, pretrain = decoder.config, config.get('pretrain') or {}
+    if c.crop is not None: raise CheckpointError(f'this decoder was trained with decoder.crop={c.crop}, which the official program does not know: it would attend to PAD and answer otherwise')
     arch = {k: getattr(c, k) for k in ('H_cycles', 'L_cycles', 'L_layers', 'hidden_size', 'num_heads', 'expansion', 'halt_max_steps', 'halt_exploration_prob', 'puzzle_emb_len', 'forward_dtype')}
     arch |= dict(name='recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1', loss=dict(name='losses@ACTLossHead', loss_type='stablemax_cross_entropy'),
                  H_layers=0, puzzle_emb_ndim=table.weights.shape[1] if table is not None else 0, pos_encodings='rope', mlp_t=False, no_ACT_continue=True)

@@ -73,7 +73,7 @@ def study_names() -> list[str]:
     "The studies that are shipped."
     return sorted(p.name.removesuffix('.yaml') for p in files('etrm').joinpath('configs', 'studies').iterdir() if p.name.endswith('.yaml'))
 
-# %% ../nbs/api/18_studies.ipynb #459cbadd
+# %% ../nbs/api/18_studies.ipynb #92b0ce38
 def update_flops(
     config: ExperimentConfig,
     decoder: Decoder,
@@ -81,7 +81,7 @@ def update_flops(
 ) -> int:  # floating-point operations of matrix multiplications and attention, forward and backward
     "What one update of encoder training costs."
     data = puzzle_data(make_task_sets(config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_train_groups=2, max_eval_groups=2, pairs_per_task=6)))))[0], decoder.config.canvas)
-    trainer = Trainer(decoder, new_encoder(config, decoder, table), Stream(data, config.train.global_batch_size, 0, config.num_demos), config.train)
+    trainer = Trainer(decoder, new_encoder(config, decoder, table), Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None), config.train)
     with FlopCounterMode(display=False) as counter: trainer.step()
     return counter.get_total_flops()
 

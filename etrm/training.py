@@ -118,7 +118,7 @@ def noting_interrupts() -> Iterator[Callable[[], bool]]:  # says whether Ctrl-C 
     finally:
         if catches: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-# %% ../nbs/api/11_training.ipynb #8b68407e
+# %% ../nbs/api/11_training.ipynb #44a1a9a1
 class Trainer:
     "A run of the loop: `step` makes one update, `run` makes them all."
     def __init__(self,
@@ -155,7 +155,7 @@ class Trainer:
         self.refill()
         with GlobalDraws():
             context = context_of(self.source, self.slots)
-            self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context)
+            self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context, self.slots.get('extent'))
         loss, sums = trm_loss(logits, q_halt, self.slots['labels'])
         total = loss.sum() / self.config.global_batch_size + getattr(self.source, 'extra_loss', 0.) / world_size()
         total.backward()
