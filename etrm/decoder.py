@@ -74,7 +74,7 @@ class Level(nn.Module):
         for layer in self.layers: x = layer(x, rotary)
         return x
 
-# %% ../nbs/api/05_decoder.ipynb #79de72a2
+# %% ../nbs/api/05_decoder.ipynb #240b26c8
 class Decoder(nn.Module):
     "TRM's recursive decoder, steered by a context (arXiv 2510.04871)."
     def __init__(self,
@@ -105,12 +105,13 @@ class Decoder(nn.Module):
             raise ValueError(f'inputs have {inputs.shape[1]} places, the decoder canvas {self.config.canvas} has {self.config.seq_len}')
         return self.config.hidden_size**.5 * torch.cat([context, self.embed_tokens(inputs)], dim=1)
 
-    def cycle(self, z_H: Tensor, z_L: Tensor, e: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        "One H cycle: refine the reasoning L_cycles times, then the answer once."
+    def cycle(self, z_H: Tensor, z_L: Tensor, e: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        "One H cycle: refine the reasoning L_cycles times, then the answer once. `rotary` is the whole canvas's unless given."
+        rotary = rotary or (self.cos, self.sin)
         for _ in range(self.config.L_cycles): z_L = self.L_level(z_L + (z_H + e), rotary)
         return self.L_level(z_H + z_L, rotary), z_L
 
-    def recur(self, z_H: Tensor, z_L: Tensor, e: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # z_H, z_L, logits
+    def recur(self, z_H: Tensor, z_L: Tensor, e: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:  # z_H, z_L, logits
         "All H cycles, gradients only through the last; then the answer is read off."
         with torch.no_grad():
             for _ in range(self.config.H_cycles - 1): z_H, z_L = self.cycle(z_H, z_L, e, rotary)
@@ -151,7 +152,7 @@ class Decoder(nn.Module):
         z_H, z_L = torch.where(reset, self.H_init, carry.z_H), torch.where(reset, self.L_init, carry.z_L)
         with torch.autocast(z_H.device.type, torch.bfloat16, enabled=self.config.forward_dtype == 'bfloat16'):
             e = self.embed(inputs, context)
-            z_H, z_L, logits = self.recur(z_H, z_L, e, (self.cos, self.sin)) if self.config.crop is None else self.recur_within(z_H, z_L, e, extent)
+            z_H, z_L, logits = self.recur(z_H, z_L, e) if self.config.crop is None else self.recur_within(z_H, z_L, e, extent)
         q_halt, q_continue = self.q_head(z_H[:, 0].float()).unbind(-1)
         steps = torch.where(carry.halted, 0, carry.steps) + 1
         return Carry(z_H.detach().float(), z_L.detach().float(), steps, self.halt(steps, q_halt.detach())), logits, (q_halt, q_continue)

@@ -28,7 +28,7 @@ from .grids import draw_grid, tokens_to_grid
 from .tasks import Task
 from .votes import Candidate, vote
 
-# %% ../nbs/api/19_explorer.ipynb #6c321ba3
+# %% ../nbs/api/19_explorer.ipynb #b30e98ac
 @torch.no_grad()
 def recursion(
     decoder: Decoder,
@@ -36,6 +36,7 @@ def recursion(
     context: Tensor,  # (B, T, D)
 ) -> tuple[Tensor, Tensor]:  # logits (M, B, S, V), q_halt (M, B); M = halt_max_steps * H_cycles
     "What the decoder would answer after every H cycle of every supervision step."
+    if decoder.config.crop is not None: raise ValueError(f'the recursion is shown on the whole canvas, and this decoder crops (decoder.crop={decoder.config.crop})')
     c, e = decoder.config, decoder.embed(inputs, context)
     z_H, z_L = decoder.H_init.expand_as(e), decoder.L_init.expand_as(e)
     moments = []
