@@ -20,20 +20,21 @@ from .decoder import DecoderConfig
 from .encoders import EncoderConfig
 from .training import TrainConfig
 
-# %% ../nbs/api/17_configs.ipynb #6d5131bd
+# %% ../nbs/api/17_configs.ipynb #509f0036
 class Settings(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
 
 
 class TasksConfig(Settings):
     "Which tasks there are, and how many."
-    source: Literal['families', 'arc1', 'arc2', 'arc1_contaminated', 'arc2_contaminated'] = 'families'
+    source: Literal['families', 'pattern', 'arc1', 'arc2', 'arc1_contaminated', 'arc2_contaminated'] = 'families'
     fit: int = Field(0, ge=0, description='only tasks whose grids all fit a square of this side; 0 takes the canvas')
     max_train_groups: int = Field(128, ge=0, description='the first N training tasks; 0 takes all, where there is an end to them')
     max_eval_groups: int = Field(100, ge=0, description='the first N tasks of each evaluation set; 0 takes all, or of procedural tasks 400')
     num_aug: int = Field(0, ge=0, description='augmented puzzles of each training task')
     pairs_per_task: int = Field(192, ge=2, description='training pairs of each procedural task')
     compositions: float = Field(.125, ge=0, le=1, description='share of compositions among procedural training tasks')
+    pattern_side: int = Field(4, ge=1, description="of the patterns, where the source is 'pattern'")
     seed: int = 0
 
 
