@@ -20,7 +20,7 @@ from .decoder import DecoderConfig
 from .encoders import EncoderConfig
 from .training import TrainConfig
 
-# %% ../nbs/api/17_configs.ipynb #509f0036
+# %% ../nbs/api/17_configs.ipynb #c56809a0
 class Settings(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
 
@@ -49,6 +49,7 @@ class RegressionConfig(TrainConfig):
     "How an encoder is fitted to the table's rows before it is trained through the decoder."
     squared: float = Field(1., ge=0, description="weight of the mean squared error over the rows' variance")
     softmax: float = Field(0., ge=0, description='weight of the cross-entropy of a softmax over all rows: which row is meant?')
+    search_steps: Literal[0] = Field(0, description='there is nothing to search in: no decoder takes part')
 
 
 class EvaluationConfig(Settings):

@@ -97,7 +97,7 @@ def demo_extents(
     itself = torch.eye(demo_mask.shape[1], dtype=torch.bool, device=shown.device)[None, :, :, None]
     return torch.maximum(own, torch.where(itself, 0, shown[:, None]).amax(2)).clamp(min=1)
 
-# %% ../nbs/api/06_contexts.ipynb #04ca7690
+# %% ../nbs/api/06_contexts.ipynb #7a91342d
 def search(
     decoder: Decoder,  # frozen here, whatever it was
     demo_inputs: Tensor,  # (B, K, S) tokens
@@ -107,13 +107,13 @@ def search(
     loss,  # (logits (N, S, V), labels (N, S)) -> (N,)
     steps: int = 20,  # gradient steps
     lr: float = .05,  # of Adam on the context
-    supervision_steps: int = 2,  # decoder steps per gradient step
+    supervision_steps: int | None = None,  # decoder steps per gradient step; None: 2, or halt_max_steps where that is 1
     progress: bool = False,  # show a bar
     watch=None,  # called with the number of steps taken and the contexts, before each step and at the end
     extent: Tensor | None = None,  # (B, K, 2) for a decoder with `crop`; None: what `demo_extents` gives
 ) -> tuple[Tensor, Tensor]:  # contexts (B, T, D), losses (steps, B)
     "Contexts fitted to each task's demonstrations by Adam through the frozen decoder."
-    B, K, S = demo_inputs.shape
+    (B, K, S), supervision_steps = demo_inputs.shape, supervision_steps or min(2, decoder.config.halt_max_steps)
     context = start.detach().clone().requires_grad_()
     adam, history = torch.optim.Adam([context], lr=lr), []
     inputs, labels, weight = demo_inputs.reshape(B * K, S), demo_labels.reshape(B * K, S), demo_mask / demo_mask.sum(1, keepdim=True)

@@ -6,7 +6,7 @@
 __all__ = ['to_tensors', 'context_of', 'context_statistics', 'grad_norm', 'clip_gradients', 'TrainConfig', 'Stopped',
            'noting_interrupts', 'Trainer', 'random_state', 'set_random_state', 'averages']
 
-# %% ../nbs/api/11_training.ipynb #fc47a7f1
+# %% ../nbs/api/11_training.ipynb #d3b6b296
 import signal
 import threading
 from contextlib import contextmanager
@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .contexts import PuzzleEmbedding
+from .contexts import PuzzleEmbedding, search
 from .data import Stream
 from .decoder import Carry, Decoder
 from .distributed import GlobalDraws, broadcast, gather, gather_touched, is_first, share, sum_gradients, sum_over_ranks, world_size
-from .losses import trm_loss
+from .grids import IGNORE_LABEL, PAD
+from .losses import stablemax_cross_entropy, trm_loss
 from .optim import EMA, AdamATan2, OptimConfig, SignSGD, lr_scale
 
 # %% ../nbs/api/11_training.ipynb #4d8ff741
@@ -79,7 +80,7 @@ def clip_gradients(
     if max_norm and grads: torch._foreach_mul_(grads, factor)
     return norms | {f'{name}_clipped': norm * factor for name, norm in norms.items()}
 
-# %% ../nbs/api/11_training.ipynb #86540dd1
+# %% ../nbs/api/11_training.ipynb #1994d50f
 class TrainConfig(BaseModel):
     "Settings of a run of the loop."
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -88,6 +89,8 @@ class TrainConfig(BaseModel):
     seed: int = 0
     freeze_decoder: bool = False
     compile: bool = Field(False, description="torch.compile the decoder's blocks; needs a C++ compiler on CPU")
+    search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations between context and answer, in every update')
+    search_lr: float = Field(.05, gt=0, allow_inf_nan=False, description='of Adam in that search')
     log_every: int = Field(20, ge=1)
     eval_every: int = Field(0, ge=0, description='0 evaluates only at the end')
     save_every: int = Field(0, ge=0, description='0 saves only at the end')
@@ -118,7 +121,7 @@ def noting_interrupts() -> Iterator[Callable[[], bool]]:  # says whether Ctrl-C 
     finally:
         if catches: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-# %% ../nbs/api/11_training.ipynb #44a1a9a1
+# %% ../nbs/api/11_training.ipynb #28061517
 class Trainer:
     "A run of the loop: `step` makes one update, `run` makes them all."
     def __init__(self,
@@ -132,6 +135,7 @@ class Trainer:
         trains = [p for m in (decoder, source) for p in m.parameters() if p.requires_grad]
         self.sparse = SignSGD(source) if isinstance(source, PuzzleEmbedding) else None
         if not trains and self.sparse is None: raise ValueError('nothing trains: the decoder is frozen and the source has no parameters')
+        if config.search_steps and 'demo_inputs' not in source.reads: raise ValueError('search_steps needs demonstrations, which a table does not read: set it to 0')
         o = config.optim
         self.dense = AdamATan2(trains, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay) if trains else None
         self.modules = nn.ModuleDict(dict(decoder=decoder, source=source))
@@ -155,7 +159,7 @@ class Trainer:
         self.refill()
         with GlobalDraws():
             context = context_of(self.source, self.slots)
-            self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context, self.slots.get('extent'))
+            self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context + self.way_searched(context), self.slots.get('extent'))
         loss, sums = trm_loss(logits, q_halt, self.slots['labels'])
         total = loss.sum() / self.config.global_batch_size + getattr(self.source, 'extra_loss', 0.) / world_size()
         total.backward()
@@ -167,6 +171,14 @@ class Trainer:
         done = self.carry.halted.float()
         metrics = {f'train/{k}': (v * done).sum() for k, v in sums.items()} | {'train/steps': (self.carry.steps * done).sum()}
         return metrics | norms | {'train/lr': torch.tensor(self.config.optim.lr * scale)}, context
+
+    def way_searched(self, context: Tensor) -> Tensor | float:
+        "How far `search` on the demonstrations moves the context; a constant for the gradient, as in arXiv 2411.08706."
+        if not self.config.search_steps: return 0.
+        demos = [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
+        labels = demos[1].masked_fill(demos[1] == PAD, IGNORE_LABEL)
+        found, _ = search(self.decoder, demos[0], labels, demos[2], context, stablemax_cross_entropy, self.config.search_steps, self.config.search_lr)
+        return found - context.detach()
 
     def apply(self, scale: float):
         "Let the optimisers step, at the scheduled rates."
