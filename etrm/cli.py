@@ -74,7 +74,7 @@ AS_JSON = typer.Option(False, '--json', help='Print the results as one line of J
 DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #122d01a2
+# %% ../nbs/api/20_cli.ipynb #9a234920
 def present(device: str) -> str:
     "The device, seen to be there."
     if device not in ('cpu', 'cuda'): raise ValueError(f'--device is {device!r}: choose cpu or cuda')
@@ -198,9 +198,10 @@ def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'),
 def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one JSON a task.'),
            decoder: Path = typer.Option(Path('checkpoints/lab_decoder'), help="Checkpoint of an encoder run: the search starts from the encoder's contexts; or of a decoder with its table: from the mean of its rows."),
            steps: int = typer.Option(100, help='Gradient steps; 0 answers from the start.'), lr: float = .05,
+           views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and all vote.'),
            out: Path = typer.Option(None, help='Write submission.json here.'), as_json: bool = AS_JSON):
     "Search a context for each task by gradient descent on its demonstrations, and answer its queries. Example: etrm search my_tasks --steps 100"
-    found = experiment.search_tasks(decoder, load_folder(tasks), steps, lr)
+    found = experiment.search_tasks(decoder, load_folder(tasks), steps, lr, views - 1)
     if out is not None: out.write_text(json.dumps(found['submission']))
     if as_json: return print(json.dumps(found['summary']))
     print('| task | loss before | after | solved |\n|---|---|---|---|')
@@ -223,7 +224,8 @@ def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of 
 @command
 def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, help='Gradient steps.'), lr: float = .05,
                   starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
-                  sets: str = typer.Option(None, help='Only these sets, separated by commas; validation, on which settings are chosen, is one more.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
+                  sets: str = typer.Option(None, help='Only these sets, separated by commas; validation, on which settings are chosen, is one more.'),
+                  views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and all vote.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
     frozen, encoder, config = experiment.load_encoder(checkpoint)
     table = load_checkpoint(decoder)[1] if starts != 'encoder' else None
@@ -233,11 +235,12 @@ def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     if 'validation' in chosen: asked['validation'] = experiment.validation_tasks(config)
     for what, known, given in (('set', list(asked), chosen), ('start', ['encoder', 'mean', 'noise'], starts.split(','))):
         if unknown := [g for g in given if g not in known]: raise ValueError(f'there is no {what} {unknown[0]!r}; there are {", ".join(known)}')
-    rows = experiment.search_curves(frozen, encoder, table, {name: asked[name] for name in chosen}, config.num_demos, steps, lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')))
+    rows = experiment.search_curves(frozen, encoder, table, {name: asked[name] for name in chosen}, config.num_demos, steps, lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1)
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
-    print('| set | start | steps | exact (95% interval) | cells | seconds |\n|---|---|---|---|---|---|')
-    for r in rows: print(f"| {r['set']} | {r['start']} | {r['steps']} | {r['solved']} of {r['n']} ({r['low']:.0%} to {r['high']:.0%}) | {r['accuracy']:.1%} | {r['seconds']} |")
+    voted = lambda r: f"{sum(r['voted'])} of {len(r['voted'])}" if 'voted' in r else ''
+    print(f'| set | start | steps | exact (95% interval) | cells | of {views} views, voted | seconds |\n|---|---|---|---|---|---|---|')
+    for r in rows: print(f"| {r['set']} | {r['start']} | {r['steps']} | {r['solved']} of {r['n']} ({r['low']:.0%} to {r['high']:.0%}) | {r['accuracy']:.1%} | {voted(r)} | {r['seconds']} |")
 
 
 @command

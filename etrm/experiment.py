@@ -9,7 +9,8 @@ __all__ = ['make_task_sets', 'procedural_sets', 'pattern_sets', 'validation_task
            'score', 'evaluate', 'format_results', 'train_encoder', 'new_encoder', 'regress_on_rows',
            'resume_regression', 'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder', 'is_trained',
            'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'search_tasks', 'oracle', 'measured_row',
-           'search_curves', 'side_by_side', 'format_side_by_side', 'compare_contexts']
+           'contexts_on_the_way', 'search_curves', 'measured_views', 'side_by_side', 'format_side_by_side',
+           'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #97aca095
 import copy
@@ -551,30 +552,32 @@ def load_encoder(
     encoder = build(lambda: DemoEncoder(encoder_config), tensors, path)
     return decoder, encoder.eval(), config
 
-# %% ../nbs/api/18_experiment.ipynb #b6be88e0
+# %% ../nbs/api/18_experiment.ipynb #258fbe39
 def search_tasks(
     checkpoint: str | Path,  # of an encoder run, whose contexts the search starts from, or of a decoder with its table, whose mean it starts from
     tasks: list[Task],
     steps: int = 100,  # gradient steps; 0 answers from the start
     lr: float = .05,
-) -> dict:  # 'summary', a row a task; 'submission' in ARC Prize's form
+    num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and all vote
+) -> dict:  # 'summary', a row a task, with the losses of its own view; 'submission' in ARC Prize's form
     "Search a context for each task on its demonstrations, and answer its queries."
     with_encoder = bool(read_tensors(checkpoint)['encoder'])
     if with_encoder: decoder, encoder, _ = load_encoder(checkpoint)
     else: decoder, table, _ = load_checkpoint(checkpoint)
     if not with_encoder and table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
-    data = puzzle_data(tasks, decoder.config.canvas)
-    most = max(len(t.train) for t in tasks)
-    batch = next(eval_batches(data, int(data.is_test.sum()), most))
-    first = np.unique(batch['group'], return_index=True)[1]  # demonstrations are the same for every query of a task
+    data, most = puzzle_data(tasks, decoder.config.canvas, num_aug), max(len(t.train) for t in tasks)
+    batches = list(eval_batches(data, 256, most))
+    batch = {k: np.concatenate([b[k] for b in batches]) for k in ('demo_inputs', 'demo_labels', 'demo_mask', 'puzzle')}
+    puzzles, first, view = np.unique(batch['puzzle'], return_index=True, return_inverse=True)  # demonstrations are the same for every query of a view
     demos = to_tensors({'inputs': batch['demo_inputs'][first], 'labels': to_labels(batch['demo_labels'][first]), 'mask': batch['demo_mask'][first]})
-    start = contexts_of(encoder, data, most)[0][torch.from_numpy(first)] if with_encoder else table.lay_out(table.weights[1:].mean(0, keepdim=True)).expand(len(tasks), -1, -1)
-    found, losses = search(decoder, demos['inputs'], demos['labels'], demos['mask'], start, stablemax_cross_entropy, steps, lr, progress=True)
-    votes = vote(answer(decoder, data, found[torch.from_numpy(batch['group'])]), tasks)
+    start = contexts_of(encoder, data, most)[0][torch.from_numpy(first)] if with_encoder else table.lay_out(table.weights[1:].mean(0, keepdim=True)).expand(len(first), -1, -1)
+    found, losses = zip(*(search(decoder, *(demos[k][at:at + 256] for k in ('inputs', 'labels', 'mask')), start[at:at + 256], stablemax_cross_entropy, steps, lr, progress=True) for at in range(0, len(first), 256)))
+    votes, losses = vote(answer(decoder, data, torch.cat(found)[torch.from_numpy(view)]), tasks), torch.cat(losses, 1)
     known = [t for t in tasks if all(p.output is not None for p in t.test)]
     solved = dict(zip([t.name for t in known], pass_at_k(votes, known).first)) if known else {}
-    at = lambda step, i: round(losses[step, i].item(), 4) if steps else None
-    summary = [dict(task=t.name, loss_before=at(0, i), loss_after=at(-1, i), solved=solved.get(t.name)) for i, t in enumerate(tasks)]
+    own = {data.names[p]: losses[:, i] for i, p in enumerate(puzzles)}  # a view's name is longer
+    at = lambda step, name: round(own[name][step].item(), 4) if steps else None
+    summary = [dict(task=t.name, loss_before=at(0, t.name), loss_after=at(-1, t.name), solved=solved.get(t.name)) for t in tasks]
     return dict(summary=summary, submission=submission(votes))
 
 # %% ../nbs/api/18_experiment.ipynb #1c469e46
@@ -609,7 +612,26 @@ def measured_row(found: dict[str, np.ndarray], **about) -> dict:
     return about | dict(solved=solved, n=n, low=low, high=high, accuracy=float(found['accuracy'].mean()), lm_loss=float(found['lm_loss'].mean()),
                         exact=found['exact'].astype(int).tolist(), accuracies=found['accuracy'].round(4).tolist(), lm_losses=found['lm_loss'].round(4).tolist())
 
-# %% ../nbs/api/18_experiment.ipynb #b79119f3
+# %% ../nbs/api/18_experiment.ipynb #f8bdad62
+def contexts_on_the_way(
+    decoder: Decoder,
+    demos: tuple[Tensor, Tensor, Tensor],  # inputs and labels (Q, K, S), mask (Q, K)
+    start: Tensor,  # (Q, T, D)
+    steps: int,
+    lr: float,
+    marks: tuple[int, ...],
+    batch_size: int = 256,  # queries searched at once
+) -> dict[int, tuple[Tensor, float]]:  # by mark: contexts (Q, T, D), and seconds since the start
+    "Contexts after each of these numbers of gradient steps on the demonstrations."
+    found, seconds = {m: [] for m in marks if m <= steps}, dict.fromkeys(marks, 0.)
+    for at in trange(0, len(start), batch_size, desc='search', disable=len(start) <= batch_size):
+        began = time.monotonic()
+        def watch(step, contexts):
+            if step in found: found[step].append(contexts.clone()); seconds[step] += time.monotonic() - began
+        search(decoder, *(d[at:at + batch_size] for d in demos), start[at:at + batch_size], stablemax_cross_entropy, steps, lr, progress=len(start) <= batch_size, watch=watch)
+    return {m: (torch.cat(contexts), seconds[m]) for m, contexts in found.items()}
+
+
 def search_curves(
     decoder: Decoder,
     encoder: nn.Module,
@@ -620,23 +642,33 @@ def search_curves(
     lr: float = .05,
     marks: tuple[int, ...] = (0, 1, 5, 20, 50, 100),  # numbers of steps after which the queries are answered
     starts: tuple[str, ...] = ('encoder', 'mean', 'noise'),
-) -> list[dict]:  # a row for each set, start and mark: measures of the queries, and seconds since the start
+    num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and all vote
+) -> list[dict]:  # a row for each set, start and mark: measures of the queries in their own view, seconds since the start, and votes
     "Accuracy on held-out queries against search steps, by where the search starts."
     found, rows = [], table.lay_out(table.weights[1:]) if table is not None else None
     if rows is None and set(starts) != {'encoder'}: raise ValueError(f'{", ".join(starts)}: the mean row and noise need a table')
     for name, tasks in sets.items():
-        data = puzzle_data(tasks, decoder.config.canvas)
-        b = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos)))
-        labels = torch.from_numpy(to_labels(b['demo_labels'].numpy()))
+        data = puzzle_data(tasks, decoder.config.canvas, num_aug)
+        batches = [to_tensors(b) for b in eval_batches(data, 256, num_demos)]
+        inputs, labels, mask = (torch.cat([b[k] for b in batches]) for k in ('demo_inputs', 'demo_labels', 'demo_mask'))
+        demos = inputs, torch.from_numpy(to_labels(labels.numpy())), mask
         torch.manual_seed(0)
         at = {'encoder': contexts_of(encoder, data, num_demos)[0]}
         if rows is not None: at |= {'mean': rows.mean(0, keepdim=True).expand(len(labels), -1, -1), 'noise': rows.mean(0) + rows.std(0) * torch.randn(len(labels), *rows.shape[1:])}
         for start in starts:
-            began = time.monotonic()
-            def watch(step, contexts):
-                if step in marks: found.append(measured_row(measures(decoder, data, contexts), set=name, start=start, steps=step, seconds=round(time.monotonic() - began, 1)))
-            search(decoder, b['demo_inputs'], labels, b['demo_mask'], at[start], stablemax_cross_entropy, steps, lr, progress=True, watch=watch)
+            for step, (contexts, seconds) in contexts_on_the_way(decoder, demos, at[start], steps, lr, marks).items():
+                found.append(measured_views(decoder, data, contexts, tasks, set=name, start=start, steps=step, seconds=round(seconds, 1)))
     return found
+
+
+def measured_views(decoder: Decoder, data: PuzzleData, contexts: Tensor, tasks: list[Task], **about) -> dict:
+    "Measures of the queries in their own view; where there are more, also which of them the most voted answer solves."
+    predictions = answer(decoder, data, contexts)
+    own = np.array(['|||' not in name for name in predictions.names])
+    row = measured_row({k: v[own] for k, v in measures(decoder, data, contexts).items()}, **about)
+    if own.all(): return row
+    scores = pass_at_k(vote(predictions, tasks), tasks, (1, 2))
+    return row | dict(views=len(data.names) // len(tasks), voted=[int(hit) for task in scores.first for hit in task], voted_2=scores[2].inputs_solved)
 
 # %% ../nbs/api/18_experiment.ipynb #ad433185
 def side_by_side(
