@@ -8,7 +8,7 @@ __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'DEVICE', 
            'side_by_side', 'search_curves', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect',
            'what_is', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
 
-# %% ../nbs/api/20_cli.ipynb #76141365
+# %% ../nbs/api/20_cli.ipynb #2279256d
 import functools
 import json
 import shlex
@@ -20,7 +20,7 @@ import typer
 from pydantic import ValidationError
 
 from . import bench as benchmark
-from . import experiment, studies, tables
+from . import experiment, searching, studies, tables, task_sets
 from .checks import CheckError, check_answers, config_differences
 from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_plain_yaml, read_tensors, save_checkpoint
 from .configs import ExperimentConfig, load_config
@@ -74,7 +74,7 @@ AS_JSON = typer.Option(False, '--json', help='Print the results as one line of J
 DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #9a234920
+# %% ../nbs/api/20_cli.ipynb #64783a29
 def present(device: str) -> str:
     "The device, seen to be there."
     if device not in ('cpu', 'cuda'): raise ValueError(f'--device is {device!r}: choose cpu or cuda')
@@ -112,7 +112,7 @@ def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or 
     c = c.model_copy(update=dict(decoder=frozen.config))
     folder = resume or from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
     tracked = start_wandb(folder, folder.name, c.model_dump(mode='json')) if wandb and is_first() else None
-    encoder = experiment.train_encoder(c, frozen, table, experiment.make_task_sets(c)[0], Record(folder, tracked), folder, present(device))
+    encoder = experiment.train_encoder(c, frozen, table, task_sets.make_task_sets(c)[0], Record(folder, tracked), folder, present(device))
     experiment.save_first(folder / 'checkpoint', dict(decoder=frozen, encoder=encoder), c)
     if is_first(): print(folder / 'checkpoint')
 
@@ -148,7 +148,7 @@ def evaluated(
     if max_eval_groups is not None: config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=max_eval_groups))))
     decoder, source, _ = load_checkpoint(checkpoint, config.decoder.canvas) if kind == 'trm' else experiment.load_encoder(checkpoint)
     if kind == 'trm': rows, votes = tables.evaluate_table(config, decoder.to(device), source)  # the table stays where it is: in its file
-    else: rows, votes = experiment.evaluate(config, decoder.to(device), source.to(device), None, experiment.make_task_sets(config)[1])
+    else: rows, votes = experiment.evaluate(config, decoder.to(device), source.to(device), None, task_sets.make_task_sets(config)[1])
     return rows, dict(sorted(votes.items(), key=lambda item: item[0] != config.evaluation.decides))
 
 
@@ -173,7 +173,7 @@ def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
     c = load_config(config, tuple(overrides or ())).model_copy(update=dict(decoder=frozen.config))
     marks = tuple(sorted({m for m in (0, 5, 20, 50, 100, 200, 400) if m < steps} | {steps}))
-    rows = experiment.oracle(frozen, table, experiment.make_task_sets(c)[1], c.num_demos, steps, lr, marks)
+    rows = searching.oracle(frozen, table, task_sets.make_task_sets(c)[1], c.num_demos, steps, lr, marks)
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
     print('| set | fitted to | steps | exact (95% interval) | cells | loss |\n|---|---|---|---|---|---|')
@@ -201,7 +201,7 @@ def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one
            views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and all vote.'),
            out: Path = typer.Option(None, help='Write submission.json here.'), as_json: bool = AS_JSON):
     "Search a context for each task by gradient descent on its demonstrations, and answer its queries. Example: etrm search my_tasks --steps 100"
-    found = experiment.search_tasks(decoder, load_folder(tasks), steps, lr, views - 1)
+    found = searching.search_tasks(decoder, load_folder(tasks), steps, lr, views - 1)
     if out is not None: out.write_text(json.dumps(found['submission']))
     if as_json: return print(json.dumps(found['summary']))
     print('| task | loss before | after | solved |\n|---|---|---|---|')
@@ -216,9 +216,9 @@ def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of 
                  steps: int = typer.Option(20, help='Gradient steps of search.'), out: Path = typer.Option(None, help='Write the figure here, as a PNG.'), as_json: bool = AS_JSON):
     "Encoder runs on the same tasks, without search and with it: one table, one figure. Example: etrm side-by-side checkpoints/lab_run checkpoints/lab_rows_first --groups 8 --steps 5"
     marks = tuple(m for m in (0, 5, 20, 50, 100) if m <= steps)
-    found = experiment.side_by_side({p.name: p / 'checkpoint' if (p / 'checkpoint').exists() else p for p in checkpoints}, groups, steps, marks)
+    found = searching.side_by_side({p.name: p / 'checkpoint' if (p / 'checkpoint').exists() else p for p in checkpoints}, groups, steps, marks)
     if out is not None: plot_search(found).savefig(out, dpi=110)
-    print(json.dumps(found) if as_json else experiment.format_side_by_side(found))
+    print(json.dumps(found) if as_json else searching.format_side_by_side(found))
 
 
 @command
@@ -230,12 +230,12 @@ def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     frozen, encoder, config = experiment.load_encoder(checkpoint)
     table = load_checkpoint(decoder)[1] if starts != 'encoder' else None
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
-    asked = experiment.make_task_sets(config)[1]
+    asked = task_sets.make_task_sets(config)[1]
     chosen = sets.split(',') if sets else list(asked)
-    if 'validation' in chosen: asked['validation'] = experiment.validation_tasks(config)
+    if 'validation' in chosen: asked['validation'] = task_sets.validation_tasks(config)
     for what, known, given in (('set', list(asked), chosen), ('start', ['encoder', 'mean', 'noise'], starts.split(','))):
         if unknown := [g for g in given if g not in known]: raise ValueError(f'there is no {what} {unknown[0]!r}; there are {", ".join(known)}')
-    rows = experiment.search_curves(frozen, encoder, table, {name: asked[name] for name in chosen}, config.num_demos, steps, lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1)
+    rows = searching.search_curves(frozen, encoder, table, {name: asked[name] for name in chosen}, config.num_demos, steps, lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1)
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
     voted = lambda r: f"{sum(r['voted'])} of {len(r['voted'])}" if 'voted' in r else ''
@@ -270,7 +270,7 @@ def known_tasks(
 def data(config: str = typer.Argument('arc1_10x10', help='Name or YAML file.'), folder: Path = typer.Argument(..., help='Made; must not hold a dataset.'), overrides: list[str] = OVERRIDES):
     "Write a configuration's tasks as an on-disk TRM dataset. Example: etrm data arc1_10x10 data/arc1 tasks.num_aug=10"
     c = load_config(config, tuple(overrides or ()))
-    train_tasks, sets = experiment.make_task_sets(c)
+    train_tasks, sets = task_sets.make_task_sets(c)
     held_out = sets[c.evaluation.decides]
     train_data, known = puzzle_data(train_tasks, c.decoder.canvas, c.tasks.num_aug, c.tasks.seed), {t.name for t in train_tasks}
     trained = all(t.name in known for t in held_out)  # then they are asked under the names that have rows

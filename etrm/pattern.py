@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['pattern_pair', 'pattern_split', 'pattern_tasks']
 
-# %% ../nbs/api/02_pattern.ipynb #f3304edb
+# %% ../nbs/api/02_pattern.ipynb #485fb492
 import numpy as np
-from .rules import RULE_SPLITS, FamilyError, hash_grids, stable_hash
+from .rules import FamilyError, hash_grids, stable_hash
 from .tasks import Pair, Task
 
 # %% ../nbs/api/02_pattern.ipynb #61bef21b

@@ -6,7 +6,7 @@
 __all__ = ['FOLDER_NAME', 'Study', 'load_study', 'study_names', 'update_flops', 'with_equal_compute', 'run_study', 'run_variant',
            'last_values', 'measured', 'chosen', 'summarise', 'paired']
 
-# %% ../nbs/api/18_studies.ipynb #8a257ed0
+# %% ../nbs/api/18_studies.ipynb #7fa7c9f3
 import json
 import os
 import time
@@ -27,7 +27,8 @@ from .data import Stream, puzzle_data
 from .decoder import Decoder
 from .contexts import PuzzleEmbedding
 from .evaluation import clopper_pearson
-from .experiment import contexts_of, known_puzzles, make_task_sets, measured_row, measures, new_encoder, own_views, train_encoder
+from .experiment import contexts_of, known_puzzles, measured_row, measures, new_encoder, own_views, train_encoder
+from .task_sets import make_task_sets
 from .tasks import read_json
 from .tracking import Record, read_record
 from .training import Trainer

@@ -6,7 +6,7 @@
 __all__ = ['AT_ONCE', 'model_type', 'configuration_for', 'views_of', 'puzzles_of', 'table_answers', 'evaluate_table', 'scored',
            'evaluate_dataset']
 
-# %% ../nbs/api/18_tables.ipynb #1a29084f
+# %% ../nbs/api/18_tables.ipynb #e6bf23e1
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from .configs import ExperimentConfig, explain, load_config
 from .contexts import PuzzleEmbedding
 from .data import PuzzleData, puzzle_data, read_dataset
 from .decoder import Decoder
-from .experiment import answer, contexts_of, copy_answers, differences, make_task_sets, score
+from .experiment import answer, contexts_of, copy_answers, differences, score
+from .task_sets import make_task_sets
 from .grids import Augmentation
 from .tasks import Task, load_challenges, read_json
 from .votes import Predictions, Votes, concatenate

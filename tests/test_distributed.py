@@ -14,7 +14,8 @@ from etrm.checkpoints import read_tensors
 from etrm.configs import load_config
 from etrm.decoder import Decoder
 from etrm.distributed import processes
-from etrm.experiment import evaluate, make_task_sets, pretrain, train_encoder
+from etrm.experiment import evaluate, pretrain, train_encoder
+from etrm.task_sets import make_task_sets
 from etrm.tracking import Record, read_record
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads

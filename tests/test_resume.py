@@ -14,7 +14,8 @@ from etrm import checkpoints
 from etrm.checkpoints import finish_interrupted_save, load_checkpoint, load_training_state, read_tensors
 from etrm.configs import load_config
 from etrm.decoder import Decoder
-from etrm.experiment import make_task_sets, pretrain, save_first, train_encoder
+from etrm.experiment import pretrain, save_first, train_encoder
+from etrm.task_sets import make_task_sets
 from etrm.tracking import Record
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
