@@ -8,7 +8,7 @@ __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'DEVICE', 
            'side_by_side', 'search_curves', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect',
            'what_is', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
 
-# %% ../nbs/api/20_cli.ipynb #2279256d
+# %% ../nbs/api/20_cli.ipynb #b0e0e3c3
 import functools
 import json
 import shlex
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from . import bench as benchmark
 from . import experiment, searching, studies, tables, task_sets
 from .checks import CheckError, check_answers, config_differences
-from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_plain_yaml, read_tensors, save_checkpoint
+from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_tensors
 from .configs import ExperimentConfig, load_config
 from .data import puzzle_data, read_dataset, write_dataset
 from .decoder import DecoderConfig

