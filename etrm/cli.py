@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'DEVICE', 'RESUME', 'command', 'interrupted', 'present',
-           'run', 'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'number_of', 'oracle', 'study', 'search',
-           'side_by_side', 'search_curves', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect',
-           'what_is', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
+           'run', 'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'number_of', 'chosen_sets', 'oracle', 'study',
+           'search', 'side_by_side', 'search_curves', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of',
+           'inspect', 'what_is', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
 
 # %% ../nbs/api/20_cli.ipynb #b0e0e3c3
 import functools
@@ -74,7 +74,7 @@ AS_JSON = typer.Option(False, '--json', help='Print the results as one line of J
 DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #64783a29
+# %% ../nbs/api/20_cli.ipynb #edf13cb5
 def present(device: str) -> str:
     "The device, seen to be there."
     if device not in ('cpu', 'cuda'): raise ValueError(f'--device is {device!r}: choose cpu or cuda')
@@ -165,15 +165,22 @@ def number_of(text: str, option: str) -> int:
     raise ValueError(f"{option} has {text!r}: give whole numbers{' or all' if 'groups' in option else ''}")
 
 
+def chosen_sets(found: dict[str, list], names: str | None) -> dict[str, list]:
+    "The sets of these names, or all of them."
+    for name in (asked := names.split(',') if names else list(found)):
+        if name not in found: raise ValueError(f'there is no set {name!r}; there are {", ".join(found)}')
+    return {name: found[name] for name in asked}
+
+
 @command
 def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file: which tasks.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, steps: int = 200, lr: float = .05,
-           out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
-    "Search each task a context, on its demonstrations and on its answer: can this decoder be steered to it at all? Example: etrm oracle cfg_test_frozen_decoder tasks.max_eval_groups=20 --steps 50"
+           sets: str = typer.Option(None, help='Only these sets, separated by commas.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
+    "Search each task a context, on its demonstrations and on its answer: can this decoder be steered to it at all? With num_demos=32 procedural tasks show their rule in 32 pairs. Example: etrm oracle cfg_test_frozen_decoder tasks.max_eval_groups=20 --steps 50"
     frozen, table, _ = load_checkpoint(decoder)
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
     c = load_config(config, tuple(overrides or ())).model_copy(update=dict(decoder=frozen.config))
     marks = tuple(sorted({m for m in (0, 5, 20, 50, 100, 200, 400) if m < steps} | {steps}))
-    rows = searching.oracle(frozen, table, task_sets.make_task_sets(c)[1], c.num_demos, steps, lr, marks)
+    rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks)
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
     print('| set | fitted to | steps | exact (95% interval) | cells | loss |\n|---|---|---|---|---|---|')
@@ -231,11 +238,10 @@ def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     table = load_checkpoint(decoder)[1] if starts != 'encoder' else None
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
     asked = task_sets.make_task_sets(config)[1]
-    chosen = sets.split(',') if sets else list(asked)
-    if 'validation' in chosen: asked['validation'] = task_sets.validation_tasks(config)
-    for what, known, given in (('set', list(asked), chosen), ('start', ['encoder', 'mean', 'noise'], starts.split(','))):
-        if unknown := [g for g in given if g not in known]: raise ValueError(f'there is no {what} {unknown[0]!r}; there are {", ".join(known)}')
-    rows = searching.search_curves(frozen, encoder, table, {name: asked[name] for name in chosen}, config.num_demos, steps, lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1)
+    if sets and 'validation' in sets.split(','): asked['validation'] = task_sets.validation_tasks(config)
+    chosen = chosen_sets(asked, sets)
+    if unknown := [s for s in starts.split(',') if s not in ('encoder', 'mean', 'noise')]: raise ValueError(f'there is no start {unknown[0]!r}; there are encoder, mean, noise')
+    rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1)
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
     voted = lambda r: f"{sum(r['voted'])} of {len(r['voted'])}" if 'voted' in r else ''
