@@ -35,7 +35,7 @@ from .tracking import Record, new_run_folder, read_record, start_wandb
 from .training import Stopped
 from .votes import Votes
 
-# %% ../nbs/api/20_cli.ipynb #febcf85c
+# %% ../nbs/api/20_cli.ipynb #17dbfb2f
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, help='''Train, steer and diagnose demonstration encoders for Tiny Recursive Models.
 
 Results go to standard output, progress and errors to standard error.
@@ -49,6 +49,7 @@ def command(function):
     def guarded(*args, **kwargs):
         try:
             with processes(): return function(*args, **kwargs)
+        except BrokenPipeError: raise  # as `etrm inspect … | head -1` makes it: no error of ours, and typer ends quietly
         except (ValueError, OSError) as error: code, said, cause = 2, str(error), error
         except KeyboardInterrupt as error: code, said, cause = 130, interrupted(error, function.__name__), error
         print(f'etrm: {said}', file=sys.stderr)

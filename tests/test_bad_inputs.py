@@ -623,3 +623,11 @@ def test_exit_codes_are_in_the_help_and_as_said(tmp_path):
     for arguments in wrong:
         found = cli.invoke(app, arguments)
         assert found.exit_code == 2 and found.stdout == '' and found.stderr and 'Traceback' not in found.stderr, arguments
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = start('scenario', ROOT / 'checkpoints' / 'lab_run')
+    process.stdout.close()  # as `head` does when it has seen enough
+    said = process.stderr.read()
+    process.wait()
+    assert not said and process.returncode != 2
