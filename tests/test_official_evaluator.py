@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from etrm.evaluation import (NO_ANSWER, Predictions, clopper_pearson, load_predictions, pass_at_k, save_predictions, score_submission,
-                             submission, vote)
+from etrm.evaluation import NO_ANSWER, clopper_pearson, pass_at_k, score_submission, submission
+from etrm.votes import Predictions, load_predictions, save_predictions, vote
 from etrm.grids import Augmentation, tokens_to_grid
 from etrm.tasks import task_from_json
 
