@@ -41,7 +41,7 @@ def linear(
     if bias: nn.init.zeros_(layer.bias)
     return layer
 
-# %% ../nbs/api/04_layers.ipynb #a63674d9
+# %% ../nbs/api/04_layers.ipynb #e089018b
 def rotary_tables(
     num_places: int,  # N
     head_dim: int,  # d, even
@@ -61,8 +61,8 @@ def rotate(
     sin: Tensor,  # (N, d)
 ) -> Tensor:  # (B, heads, N, d)
     "Turn each pair of coordinates by its place's angle."
-    half = x.shape[-1] // 2  # coordinates i and i + half are a pair
-    return torch.addcmul(x * cos, x.roll(half, dims=-1), torch.cat([-sin[..., :half], sin[..., half:]], dim=-1))
+    x1, x2 = x.chunk(2, dim=-1)  # not addcmul, which is faster: the official program's rounding, step by step
+    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
 
 # %% ../nbs/api/04_layers.ipynb #5f9a8f83
 class Attention(nn.Module):
