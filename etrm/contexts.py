@@ -15,7 +15,7 @@ from .decoder import Decoder
 from .grids import PAD
 from .layers import truncated_normal_
 
-# %% ../nbs/api/06_contexts.ipynb #dbcec5cc
+# %% ../nbs/api/06_contexts.ipynb #a0aa5fcd
 class PuzzleEmbedding(nn.Module):
     "TRM's table of learned puzzle embeddings: the context source that cannot meet a new task."
     reads = ("puzzle_identifiers",)  # what it is called with, of a batch
@@ -48,6 +48,10 @@ class PuzzleEmbedding(nn.Module):
     def lay_out(self, rows: Tensor) -> Tensor:
         "Rows (B, puzzle_emb_ndim) as contexts (B, T, D), zeros behind."
         return F.pad(rows.float(), (0, self.puzzle_emb_len * self.hidden_size - rows.shape[1])).view(-1, self.puzzle_emb_len, self.hidden_size)
+
+    def contexts(self) -> Tensor:
+        "Every row as a context, the blank row left out (num_identifiers - 1, T, D)."
+        return self.lay_out(self.weights[1:])
 
 # %% ../nbs/api/06_contexts.ipynb #3cf5c3f5
 def zero(

@@ -290,7 +290,7 @@ def train_encoder(
     if trainer.ema: trainer.ema.swap(trainer.modules)
     return encoder.eval()
 
-# %% ../nbs/api/18_experiment.ipynb #1b609ede
+# %% ../nbs/api/18_experiment.ipynb #7a1c9e29
 def new_encoder(
     config: ExperimentConfig,
     decoder: Decoder,
@@ -301,7 +301,7 @@ def new_encoder(
     encoder = DemoEncoder(config.encoder_config(decoder.config))
     if encoder.config.output != 'rms':
         if table is None: raise ValueError(f"encoder.output {encoder.config.output!r} needs a decoder checkpoint with a table")
-        encoder.match(table.lay_out(table.weights[1:]))
+        encoder.match(table.contexts())
     return encoder
 
 
@@ -317,7 +317,7 @@ def regress_on_rows(
     c = config.regression
     if table is None or len(table.weights) != data.num_identifiers:
         raise ValueError(f'regression needs a table with a row for each of the {data.num_identifiers - 1} puzzles, not {"none" if table is None else len(table.weights) - 1}')
-    stream, rows = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate), table.lay_out(table.weights[1:])
+    stream, rows = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate), table.contexts()
     device = next(encoder.parameters()).device
     losses = RowLosses(rows).to(device)
     adam = AdamATan2([*encoder.parameters(), *losses.parameters()], lr=c.optim.lr, betas=(c.optim.beta1, c.optim.beta2), weight_decay=c.optim.weight_decay)
@@ -486,7 +486,7 @@ def load_encoder(
     encoder = build(lambda: DemoEncoder(encoder_config), tensors, path)
     return decoder, encoder.eval(), config
 
-# %% ../nbs/api/18_experiment.ipynb #1a134e01
+# %% ../nbs/api/18_experiment.ipynb #42dc6660
 def compare_contexts(
     encoder_checkpoint: str | Path,
     decoder_checkpoint: str | Path,  # with the table
@@ -495,7 +495,7 @@ def compare_contexts(
     decoder, encoder, config = load_encoder(encoder_checkpoint)
     table = load_checkpoint(decoder_checkpoint)[1]
     if table is None: raise CheckpointError(f'{decoder_checkpoint} holds no table to compare with')
-    rows = table.lay_out(table.weights[1:])
+    rows = table.contexts()
     found = {'table rows': context_statistics(rows, torch.arange(len(rows)))}
     for name, tasks in make_task_sets(config)[1].items():
         found[f'encoder, {name}'] = context_statistics(*contexts_of(encoder, puzzle_data(tasks, config.decoder.canvas, config.evaluation.num_aug, config.tasks.seed), config.num_demos))

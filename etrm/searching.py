@@ -27,7 +27,7 @@ from .tasks import Task
 from .training import to_tensors
 from .votes import vote
 
-# %% ../nbs/api/18_searching.ipynb #258fbe39
+# %% ../nbs/api/18_searching.ipynb #9c23803c
 def search_tasks(
     checkpoint: str | Path,  # of an encoder run, whose contexts the search starts from, or of a decoder with its table, whose mean it starts from
     tasks: list[Task],
@@ -45,7 +45,7 @@ def search_tasks(
     batch = {k: np.concatenate([b[k] for b in batches]) for k in ('demo_inputs', 'demo_labels', 'demo_mask', 'puzzle')}
     puzzles, first, view = np.unique(batch['puzzle'], return_index=True, return_inverse=True)  # demonstrations are the same for every query of a view
     demos = to_tensors({'inputs': batch['demo_inputs'][first], 'labels': to_labels(batch['demo_labels'][first]), 'mask': batch['demo_mask'][first]})
-    start = contexts_of(encoder, data, most)[0][torch.from_numpy(first)] if with_encoder else table.lay_out(table.weights[1:].mean(0, keepdim=True)).expand(len(first), -1, -1)
+    start = contexts_of(encoder, data, most)[0][torch.from_numpy(first)] if with_encoder else table.contexts().mean(0, keepdim=True).expand(len(first), -1, -1)
     found, losses = zip(*(search(decoder, *(demos[k][at:at + 256] for k in ('inputs', 'labels', 'mask')), start[at:at + 256], stablemax_cross_entropy, steps, lr, progress=True) for at in range(0, len(first), 256)))
     votes, losses = vote(answer(decoder, data, torch.cat(found)[torch.from_numpy(view)]), tasks), torch.cat(losses, 1)
     known = [t for t in tasks if all(p.output is not None for p in t.test)]
@@ -55,7 +55,7 @@ def search_tasks(
     summary = [dict(task=t.name, loss_before=at(0, t.name), loss_after=at(-1, t.name), solved=solved.get(t.name)) for t in tasks]
     return dict(summary=summary, submission=submission(votes))
 
-# %% ../nbs/api/18_searching.ipynb #c0146158
+# %% ../nbs/api/18_searching.ipynb #699d34a0
 def oracle(
     decoder: Decoder,
     table: PuzzleEmbedding,  # the search starts from the mean of its rows
@@ -72,14 +72,14 @@ def oracle(
         b = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos, extents=decoder.config.crop is not None)))
         fitted = {'demonstrations': (b['demo_inputs'], torch.from_numpy(to_labels(b['demo_labels'].numpy())), b['demo_mask']),
                   'answer': (b['inputs'][:, None], b['labels'][:, None], torch.ones(len(b['inputs']), 1, dtype=torch.bool))}
-        start = table.lay_out(table.weights[1:].mean(0, keepdim=True)).expand(len(b['inputs']), -1, -1)
+        start = table.contexts().mean(0, keepdim=True).expand(len(b['inputs']), -1, -1)
         for what, pairs in fitted.items():
             def watch(step, contexts):
                 if step in marks: rows.append(measured_row(measures(decoder, data, contexts), set=name, fitted_to=what, steps=step))
             search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch, extent=b['extent'][:, None] if what == 'answer' and 'extent' in b else None)
     return rows
 
-# %% ../nbs/api/18_searching.ipynb #f8bdad62
+# %% ../nbs/api/18_searching.ipynb #b31e477d
 def contexts_on_the_way(
     decoder: Decoder,
     demos: tuple[Tensor, Tensor, Tensor],  # inputs and labels (Q, K, S), mask (Q, K)
@@ -112,7 +112,7 @@ def search_curves(
     num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and all vote
 ) -> list[dict]:  # a row for each set, start and mark: measures of the queries in their own view, seconds since the start, and votes
     "Accuracy on held-out queries against search steps, by where the search starts."
-    found, rows = [], table.lay_out(table.weights[1:]) if table is not None else None
+    found, rows = [], table.contexts() if table is not None else None
     if rows is None and set(starts) != {'encoder'}: raise ValueError(f'{", ".join(starts)}: the mean row and noise need a table')
     for name, tasks in sets.items():
         data = puzzle_data(tasks, decoder.config.canvas, num_aug)
