@@ -6,7 +6,7 @@
 __all__ = ['to_tensors', 'context_of', 'context_statistics', 'grad_norm', 'clip_gradients', 'TrainConfig', 'Stopped',
            'noting_interrupts', 'Trainer', 'random_state', 'set_random_state', 'averages']
 
-# %% ../nbs/api/11_training.ipynb #d3b6b296
+# %% ../nbs/api/11_training.ipynb #d9b6a487
 import signal
 import threading
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .decoder import Carry, Decoder
 from .distributed import GlobalDraws, broadcast, gather, gather_touched, is_first, share, sum_gradients, sum_over_ranks, world_size
 from .grids import IGNORE_LABEL, PAD
 from .losses import stablemax_cross_entropy, trm_loss
-from .optim import EMA, AdamATan2, OptimConfig, SignSGD, lr_scale
+from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
 
 # %% ../nbs/api/11_training.ipynb #4d8ff741
 def to_tensors(
@@ -121,7 +121,7 @@ def noting_interrupts() -> Iterator[Callable[[], bool]]:  # says whether Ctrl-C 
     finally:
         if catches: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-# %% ../nbs/api/11_training.ipynb #28061517
+# %% ../nbs/api/11_training.ipynb #aed1b225
 class Trainer:
     "A run of the loop: `step` makes one update, `run` makes them all."
     def __init__(self,
@@ -133,7 +133,7 @@ class Trainer:
         self.decoder, self.source, self.stream, self.config, self.updates = decoder, source, stream, config, 0
         decoder.requires_grad_(not config.freeze_decoder)
         trains = [p for m in (decoder, source) for p in m.parameters() if p.requires_grad]
-        self.sparse = SignSGD(source) if isinstance(source, PuzzleEmbedding) else None
+        self.sparse = TableSGD(source, rule=config.optim.puzzle_emb_rule) if isinstance(source, PuzzleEmbedding) else None
         if not trains and self.sparse is None: raise ValueError('nothing trains: the decoder is frozen and the source has no parameters')
         if config.search_steps and 'demo_inputs' not in source.reads: raise ValueError('search_steps needs demonstrations, which a table does not read: set it to 0')
         o = config.optim
