@@ -6,7 +6,8 @@
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'DEVICE', 'RESUME', 'command', 'interrupted', 'present',
            'run', 'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'number_of', 'chosen_sets', 'oracle', 'study',
            'search', 'side_by_side', 'search_curves', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of',
-           'inspect', 'what_is', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
+           'inspect', 'what_is', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts',
+           'scenario', 'bench']
 
 # %% ../nbs/api/20_cli.ipynb #b0e0e3c3
 import functools
@@ -75,7 +76,7 @@ AS_JSON = typer.Option(False, '--json', help='Print the results as one line of J
 DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
-# %% ../nbs/api/20_cli.ipynb #edf13cb5
+# %% ../nbs/api/20_cli.ipynb #0e22c114
 def present(device: str) -> str:
     "The device, seen to be there."
     if device not in ('cpu', 'cuda'): raise ValueError(f'--device is {device!r}: choose cpu or cuda')
@@ -322,7 +323,13 @@ def what_is(path: Path) -> dict:
     if path.suffix == '.json': return about_tasks(load_challenges(path, require_solutions=False), path)
     if (path / 'record.jsonl').exists() and not (path / 'model.safetensors').exists(): return about_run(path)
     if path.is_dir() and any(path.glob('*.json')): return about_tasks(load_folder(path, require_solutions=False), path)
-    return describe(path)
+    return about_checkpoint(path)
+
+
+def about_checkpoint(path: Path) -> dict:
+    try: share = tables.rows_share(path)
+    except CheckpointError: share = None  # a configuration that is not of this program says nothing about rules
+    return describe(path) | ({} if share is None else dict(rule_share=round(share, 3)))
 
 
 def about_dataset(path: Path) -> dict:
@@ -341,7 +348,7 @@ def about_run(path: Path) -> dict:
     rows = read_record(path)
     verdict = read_json(path / 'verdict.json') if (path / 'verdict.json').exists() else None
     return dict(path=str(path), format='run', updates=max((r['step'] for r in rows), default=0), rows=len(rows), verdict=verdict,
-                checkpoint=describe(path / 'checkpoint') if (path / 'checkpoint').exists() else None)
+                checkpoint=about_checkpoint(path / 'checkpoint') if (path / 'checkpoint').exists() else None)
 
 
 @command

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'model_type', 'configuration_for', 'views_of', 'puzzles_of', 'table_answers', 'evaluate_table', 'scored',
-           'evaluate_dataset']
+           'evaluate_dataset', 'rows_share']
 
-# %% ../nbs/api/18_tables.ipynb #e6bf23e1
+# %% ../nbs/api/18_tables.ipynb #e9d96e37
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from .configs import ExperimentConfig, explain, load_config
 from .contexts import PuzzleEmbedding
 from .data import PuzzleData, puzzle_data, read_dataset
 from .decoder import Decoder
+from .diagnosis import rule_share
 from .experiment import answer, contexts_of, copy_answers, differences, score
 from .task_sets import make_task_sets
 from .grids import Augmentation
+from .rules import sample_rules
 from .tasks import Task, load_challenges, read_json
 from .votes import Predictions, Votes, concatenate
 
@@ -136,3 +138,17 @@ def evaluate_dataset(
     tasks = [t for t in load_challenges(folder / 'test_puzzles.json') if t.name in asked]
     if strange := sorted(asked - {t.name for t in tasks}): raise ValueError(f'{folder / "test_puzzles.json"} lacks {strange[0]!r}, which the test split asks')
     return scored(decoder.to(device), table, {'test': tasks}, {'test': data}, batch_size)
+
+# %% ../nbs/api/18_tables.ipynb #ad855753
+def rows_share(
+    checkpoint: str | Path,
+) -> float | None:  # None where there are no rows of procedural tasks, or too few
+    "The share of the variance of a table's rows that the rules of its tasks predict, rows of compositions left out."
+    saved, weights = read_config(checkpoint), read_tensors(checkpoint)['table'].get('weights')
+    if 'arch' in saved or weights is None: return None  # an official configuration says nothing about tasks
+    config = configuration_for(checkpoint)
+    c = config.tasks
+    if c.source != 'families' or c.num_aug or len(weights) != c.max_train_groups + 1: return None
+    rules = sample_rules('train', c.max_train_groups, c.seed, config.decoder.canvas, c.compositions)
+    single = [i for i, rule in enumerate(rules) if len(rule.parts) == 1]
+    return rule_share(weights[1:].float().numpy()[single], [rules[i] for i in single]) if len(single) >= 64 else None
