@@ -101,7 +101,7 @@ def demo_extents(
     itself = torch.eye(demo_mask.shape[1], dtype=torch.bool, device=shown.device)[None, :, :, None]
     return torch.maximum(own, torch.where(itself, 0, shown[:, None]).amax(2)).clamp(min=1)
 
-# %% ../nbs/api/06_contexts.ipynb #7a91342d
+# %% ../nbs/api/06_contexts.ipynb #343b0ec0
 def search(
     decoder: Decoder,  # frozen here, whatever it was
     demo_inputs: Tensor,  # (B, K, S) tokens
@@ -110,7 +110,7 @@ def search(
     start: Tensor,  # (B, T, D) where the search begins
     loss,  # (logits (N, S, V), labels (N, S)) -> (N,)
     steps: int = 20,  # gradient steps
-    lr: float = .05,  # of Adam on the context
+    lr: float = .05,  # of Adam, in the contexts' own units: rows of a third the spread want a third of it
     supervision_steps: int | None = None,  # decoder steps per gradient step; None: 2, or halt_max_steps where that is 1
     progress: bool = False,  # show a bar
     watch=None,  # called with the number of steps taken and the contexts, before each step and at the end
