@@ -70,11 +70,12 @@ def test_sets_share_no_pair_and_a_planted_leak_is_found(lab):
     with pytest.raises(ValueError, match='share'): check_leakage({'training': train, 'instances': sets['instances'] + train[:1]})
 
 
-@pytest.mark.parametrize('overrides', [
-    pytest.param(('tasks.max_train_groups=6', 'tasks.max_eval_groups=2', 'tasks.num_aug=2'), id='10x10'),
-    pytest.param(('decoder.canvas=30', 'tasks.max_train_groups=3', 'tasks.max_eval_groups=2', 'tasks.num_aug=1', 'num_demos=2', 'pretrain.global_batch_size=2', 'train.global_batch_size=2'), id='30x30')])
-def test_arc_end_to_end(overrides, tmp_path):
-    config = load_config('arc1_10x10', SMALL + ('pretrain.global_batch_size=4', 'train.global_batch_size=4', 'pretrain.steps=4', 'pretrain.log_every=2', 'pretrain.eval_every=4', 'pretrain.save_every=2',
+@pytest.mark.parametrize('name, overrides', [
+    pytest.param('arc1_10x10', ('tasks.max_train_groups=6', 'tasks.max_eval_groups=2', 'tasks.num_aug=2'), id='10x10'),
+    pytest.param('arc1_10x10_rows_first', ('tasks.max_train_groups=6', 'tasks.max_eval_groups=2', 'tasks.num_aug=2', 'pretrain.compile=false', 'regression.steps=4', 'regression.global_batch_size=4', 'regression.log_every=2'), id='10x10, rows first'),
+    pytest.param('arc1_10x10', ('decoder.canvas=30', 'tasks.max_train_groups=3', 'tasks.max_eval_groups=2', 'tasks.num_aug=1', 'num_demos=2', 'pretrain.global_batch_size=2', 'train.global_batch_size=2'), id='30x30')])
+def test_arc_end_to_end(name, overrides, tmp_path):
+    config = load_config(name, SMALL + ('pretrain.global_batch_size=4', 'train.global_batch_size=4', 'pretrain.steps=4', 'pretrain.log_every=2', 'pretrain.eval_every=4', 'pretrain.save_every=2',
                                                 'train.steps=16', 'train.log_every=2', 'evaluation.num_aug=1') + overrides)
     pretrain(config, new_run_folder(tmp_path, 'pretrain'))
     folder = run(config, tmp_path / 'pretrain-001' / 'checkpoint', tmp_path, wandb_on=False)
