@@ -6,7 +6,7 @@
 __all__ = ['search_tasks', 'oracle', 'contexts_on_the_way', 'search_curves', 'measured_views', 'side_by_side',
            'format_side_by_side']
 
-# %% ../nbs/api/18_searching.ipynb #c808c367
+# %% ../nbs/api/18_searching.ipynb #405e6003
 import time
 from pathlib import Path
 
@@ -24,22 +24,23 @@ from .experiment import answer, contexts_of, load_encoder, measured_row, measure
 from .losses import stablemax_cross_entropy
 from .task_sets import make_task_sets
 from .tasks import Task
-from .training import to_tensors
+from .training import TrainConfig, to_tensors
 from .votes import vote
 
-# %% ../nbs/api/18_searching.ipynb #9c23803c
+# %% ../nbs/api/18_searching.ipynb #0fb20d07
 def search_tasks(
     checkpoint: str | Path,  # of an encoder run, whose contexts the search starts from, or of a decoder with its table, whose mean it starts from
     tasks: list[Task],
     steps: int = 100,  # gradient steps; 0 answers from the start
-    lr: float = .05,
+    lr: float | None = None,  # None: an encoder's train.search_lr, or 0.05 from a decoder's mean row
     num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and all vote
 ) -> dict:  # 'summary', a row a task, with the losses of its own view; 'submission' in ARC Prize's form
     "Search a context for each task on its demonstrations, and answer its queries."
     with_encoder = bool(read_tensors(checkpoint)['encoder'])
-    if with_encoder: decoder, encoder, _ = load_encoder(checkpoint)
+    if with_encoder: decoder, encoder, config = load_encoder(checkpoint)
     else: decoder, table, _ = load_checkpoint(checkpoint)
     if not with_encoder and table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
+    if lr is None: lr = (config.train if with_encoder else TrainConfig()).search_lr
     data, most = puzzle_data(tasks, decoder.config.canvas, num_aug), max(len(t.train) for t in tasks)
     batches = list(eval_batches(data, 256, most))
     batch = {k: np.concatenate([b[k] for b in batches]) for k in ('demo_inputs', 'demo_labels', 'demo_mask', 'puzzle')}
@@ -137,19 +138,19 @@ def measured_views(decoder: Decoder, data: PuzzleData, contexts: Tensor, tasks: 
     scores = pass_at_k(vote(predictions, tasks), tasks, (1, 2))
     return row | dict(views=len(data.names) // len(tasks), voted=[int(hit) for task in scores.first for hit in task], voted_2=scores[2].inputs_solved)
 
-# %% ../nbs/api/18_searching.ipynb #ad433185
+# %% ../nbs/api/18_searching.ipynb #8d74d7fb
 def side_by_side(
     checkpoints: dict[str, str | Path],  # of encoder runs, by the name to show
     groups: int = 32,  # tasks of each set
     steps: int = 20,  # of search
     marks: tuple[int, ...] = (0, 5, 20),
 ) -> dict[str, list[dict]]:  # rows of `search_curves` by run
-    "Encoders on the same tasks, without search and with it."
+    "Encoders on the same tasks, without search and with it, each at its own train.search_lr."
     found = {}
     for name, checkpoint in checkpoints.items():
         decoder, encoder, config = load_encoder(checkpoint)
         config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
-        found[name] = search_curves(decoder, encoder, None, make_task_sets(config)[1], config.num_demos, steps, marks=marks, starts=('encoder',))
+        found[name] = search_curves(decoder, encoder, None, make_task_sets(config)[1], config.num_demos, steps, config.train.search_lr, marks, ('encoder',))
     return found
 
 

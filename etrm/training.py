@@ -80,7 +80,7 @@ def clip_gradients(
     if max_norm and grads: torch._foreach_mul_(grads, factor)
     return norms | {f'{name}_clipped': norm * factor for name, norm in norms.items()}
 
-# %% ../nbs/api/11_training.ipynb #1994d50f
+# %% ../nbs/api/11_training.ipynb #55fe45c1
 class TrainConfig(BaseModel):
     "Settings of a run of the loop."
     model_config = ConfigDict(extra='forbid', frozen=True)
@@ -90,7 +90,7 @@ class TrainConfig(BaseModel):
     freeze_decoder: bool = False
     compile: bool = Field(False, description="torch.compile the decoder's blocks; needs a C++ compiler on CPU")
     search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations between context and answer, in every update')
-    search_lr: float = Field(.05, gt=0, allow_inf_nan=False, description='of Adam in that search')
+    search_lr: float = Field(.05, gt=0, allow_inf_nan=False, description='of Adam in that search; `etrm search` and its like take it too where they are given none')
     log_every: int = Field(20, ge=1)
     eval_every: int = Field(0, ge=0, description='0 evaluates only at the end')
     save_every: int = Field(0, ge=0, description='0 saves only at the end')
