@@ -69,14 +69,14 @@ def scenario(
     stuck = not all(e.holds for e in evidence[:3])
     return Verdict('A' if useful else 'B' if stuck else 'undecided' if useful is None else 'C', evidence)
 
-# %% ../nbs/api/14_diagnosis.ipynb #66bd5736
+# %% ../nbs/api/14_diagnosis.ipynb #3183f583
 def onehot_rules(
     rules: list[Rule],
 ) -> np.ndarray:  # (n, features) of 0. and 1.
     "A rule's family and each of its parameters' values, one-hot."
     def features(rule): return [rule.family] + [f'{i}{part.family}.{k}={v}' for i, part in enumerate(rule.parts) for k, v in part.params.items()]
     named = [features(rule) for rule in rules]
-    column = {name: i for i, name in enumerate(sorted(set(sum(named, []))))}
+    column = {name: i for i, name in enumerate(sorted({name for names in named for name in names}))}
     found = np.zeros((len(rules), len(column)))
     for line, names in zip(found, named): line[[column[name] for name in names]] = 1
     return found

@@ -78,7 +78,7 @@ def test_a_changed_weight_is_named(tmp_path):
 
 def test_a_sound_copy_reads(tmp_path):
     read, table, _ = load_checkpoint(copy_with(tmp_path / 'c', lambda tensors: None))
-    assert check_answers(load_checkpoint(LAB)[0], read, table.lay_out(table.weights[1:]))['difference'] == 0
+    assert check_answers(load_checkpoint(LAB)[0], read, table.contexts())['difference'] == 0
 
 
 @pytest.mark.parametrize('fault, message', [
@@ -104,7 +104,7 @@ def test_every_prefix_reads_the_same_decoder(tmp_path, prefix, lab):
     arch = {k: v for k, v in decoder.config.model_dump().items() if k != 'canvas'} | dict(puzzle_emb_ndim=table.weights.shape[1])
     (tmp_path / 'all_config.yaml').write_text(yaml.safe_dump(dict(arch=arch)))
     read, rows, _ = load_checkpoint(tmp_path / 'step_1', 5)
-    assert check_answers(decoder, read, table.lay_out(table.weights[1:]))['difference'] == 0
+    assert check_answers(decoder, read, table.contexts())['difference'] == 0
     assert torch.equal(rows.weights, table.weights)
     torch.save({f'{prefix}{n}': t for n, t in decoder.state_dict().items() if n != NAME}, tmp_path / 'step_1')
     with pytest.raises(CheckpointError, match='missing tensors .*' + NAME.replace('.', r'\.')): load_checkpoint(tmp_path / 'step_1', 5)
