@@ -208,17 +208,17 @@ def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'),
 def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one JSON a task.'),
            decoder: Path = typer.Option(Path('checkpoints/lab_decoder'), help="Checkpoint of an encoder run: the search starts from the encoder's contexts; or of a decoder with its table: from the mean of its rows."),
            steps: int = typer.Option(100, help='Gradient steps; 0 answers from the start.'), lr: float = RATE,
-           views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and all vote.'),
+           views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and those that answer most demonstrations vote.'),
            out: Path = typer.Option(None, help='Write submission.json here.'), as_json: bool = AS_JSON):
     "Search a context for each task by gradient descent on its demonstrations, and answer its queries. Example: etrm search my_tasks --steps 100"
     found = searching.search_tasks(decoder, load_folder(tasks), steps, lr, views - 1)
     if out is not None: out.write_text(json.dumps(found['submission']))
     if as_json: return print(json.dumps(found['summary']))
-    print('| task | loss before | after | solved |\n|---|---|---|---|')
+    print('| task | loss before | after | demonstrations answered | solved |\n|---|---|---|---|---|')
     loss = lambda value: '' if value is None else f'{value:.3f}'
     for r in found['summary']:
         solved = 'unknown' if r['solved'] is None else f"{sum(r['solved'])} of {len(r['solved'])}"
-        print(f"| {r['task']} | {loss(r['loss_before'])} | {loss(r['loss_after'])} | {solved} |")
+        print(f"| {r['task']} | {loss(r['loss_before'])} | {loss(r['loss_after'])} | {r['answered']} of {r['demonstrations']} | {solved} |")
 
 
 @command
@@ -233,17 +233,16 @@ def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of 
 
 @command
 def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, help='Gradient steps.'), lr: float = RATE,
-                  starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
+                  starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas; shuffled, the context of another task, is one more.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
                   sets: str = typer.Option(None, help='Only these sets, separated by commas; validation, on which settings are chosen, is one more.'),
-                  views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and all vote.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
+                  views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and they vote: all of them, and those that answer most demonstrations.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
     frozen, encoder, config = experiment.load_encoder(checkpoint)
-    table = load_checkpoint(decoder)[1] if starts != 'encoder' else None
+    table = load_checkpoint(decoder)[1] if {'mean', 'noise'} & set(starts.split(',')) else None
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
     asked = task_sets.make_task_sets(config)[1]
     if sets and 'validation' in sets.split(','): asked['validation'] = task_sets.validation_tasks(config)
     chosen = chosen_sets(asked, sets)
-    if unknown := [s for s in starts.split(',') if s not in ('encoder', 'mean', 'noise')]: raise ValueError(f'there is no start {unknown[0]!r}; there are encoder, mean, noise')
     rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, config.train.search_lr if lr is None else lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1)
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
