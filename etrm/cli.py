@@ -223,10 +223,11 @@ def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one
 
 @command
 def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of encoder runs, or their checkpoints.'), groups: int = typer.Option(32, min=2, max=400, help='Tasks of each set.'),
-                 steps: int = typer.Option(20, help='Gradient steps of search.'), out: Path = typer.Option(None, help='Write the figure here, as a PNG.'), as_json: bool = AS_JSON):
-    "Encoder runs on the same tasks, without search and with it: one table, one figure. Example: etrm side-by-side checkpoints/lab_run checkpoints/lab_structured_longer --groups 8 --steps 5"
+                 steps: int = typer.Option(20, help='Gradient steps of search.'), views: int = typer.Option(1, min=1, help='More than 1: also what the best of that many views of a task vote, without search.'),
+                 out: Path = typer.Option(None, help='Write the figure here, as a PNG.'), as_json: bool = AS_JSON):
+    "Encoder runs on the same tasks, without search and with it: one table, one figure. Example: etrm side-by-side checkpoints/lab_run checkpoints/lab_structured_20000 --groups 8 --steps 5 --views 4"
     marks = tuple(m for m in (0, 5, 20, 50, 100) if m <= steps)
-    found = searching.side_by_side({p.name: p / 'checkpoint' if (p / 'checkpoint').exists() else p for p in checkpoints}, groups, steps, marks)
+    found = searching.side_by_side({p.name: p / 'checkpoint' if (p / 'checkpoint').exists() else p for p in checkpoints}, groups, steps, marks, views)
     if out is not None: plot_search(found).savefig(out, dpi=110)
     print(json.dumps(found) if as_json else searching.format_side_by_side(found))
 

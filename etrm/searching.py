@@ -19,7 +19,7 @@ from .checkpoints import CheckpointError, load_checkpoint, read_tensors
 from .contexts import PuzzleEmbedding, demo_extents, search, shuffled
 from .data import PuzzleData, eval_batches, puzzle_data, to_labels
 from .decoder import Decoder
-from .evaluation import pass_at_k, submission
+from .evaluation import clopper_pearson, pass_at_k, submission
 from .experiment import answer, contexts_of, load_encoder, measured_row, measures
 from .grids import Augmentation
 from .losses import stablemax_cross_entropy
@@ -172,13 +172,18 @@ def side_by_side(
     groups: int = 32,  # tasks of each set
     steps: int = 20,  # of search
     marks: tuple[int, ...] = (0, 5, 20),
-) -> dict[str, list[dict]]:  # rows of `search_curves` by run
+    views: int = 1,  # of each task: with more than its own one, a line more for each run, without search
+) -> dict[str, list[dict]]:  # rows of `search_curves` by run; of the views, the answer voted by the best
     "Encoders on the same tasks, without search and with it, each at its own train.search_lr."
     found = {}
     for name, checkpoint in checkpoints.items():
         decoder, encoder, config = load_encoder(checkpoint)
         config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
-        found[name] = search_curves(decoder, encoder, None, make_task_sets(config)[1], config.num_demos, steps, config.train.search_lr, marks, ('encoder',))
+        sets = make_task_sets(config)[1]
+        found[name] = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, marks, ('encoder',))
+        if views == 1: continue
+        voted = search_curves(decoder, encoder, None, sets, config.num_demos, 0, marks=(0,), starts=('encoder',), num_aug=views - 1)
+        found[f'{name}, best of {views} views'] = [r | dict(zip(('solved', 'n', 'low', 'high'), (sum(bits := r['best_voted']), len(bits), *clopper_pearson(sum(bits), len(bits))))) for r in voted]
     return found
 
 
