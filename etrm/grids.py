@@ -284,7 +284,8 @@ def draw_grid(
     ax.grid(color=_GREY, linewidth=.5), ax.tick_params(length=0)
     for spine in ax.spines.values(): spine.set_color(_GREY)
     if title is not None: ax.set_title(title, fontsize=8, color=_GREY)
-    size = min(9, .5 * 72 * ax.get_position().width * ax.figure.get_figwidth() / max(grid.shape))
+    box, (inches_w, inches_h) = ax.get_position(original=True), ax.figure.get_size_inches()
+    size = min(9, .5 * 72 * min(box.width * inches_w / grid.shape[1], box.height * inches_h / grid.shape[0]))
     for (i, j), colour in np.ndenumerate(grid if digits else grid[:0]):
         ax.text(j, i, colour, ha='center', va='center', fontsize=size,
                 color='white' if colour in _LIGHT_DIGITS else 'black')
