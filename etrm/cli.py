@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'RATE', 'DEVICE', 'RESUME', 'command', 'interrupted',
            'present', 'run', 'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'number_of', 'chosen_sets',
-           'oracle', 'study', 'search', 'side_by_side', 'search_curves', 'score', 'known_tasks', 'data',
-           'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_checkpoint', 'about_dataset', 'about_tasks',
-           'about_run', 'compare_contexts', 'scenario', 'bench']
+           'oracle', 'study', 'searched_table', 'search', 'side_by_side', 'search_curves', 'score', 'known_tasks',
+           'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_checkpoint', 'about_dataset',
+           'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
 
 # %% ../nbs/api/20_cli.ipynb #b0e0e3c3
 import functools
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from . import bench as benchmark
 from . import experiment, searching, studies, tables, task_sets
 from .checks import CheckError, check_answers, config_differences
-from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_tensors
+from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_tensors, save_checkpoint
 from .configs import ExperimentConfig, load_config
 from .data import puzzle_data, read_dataset, write_dataset
 from .decoder import DecoderConfig
@@ -202,6 +202,18 @@ def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'),
     print('| variant | set | seeds | exact (95% interval) | cells |\n|---|---|---|---|---|')
     for variant, sets in studies.summarise(rows).items():
         for name, r in sets.items(): print(f"| {variant} | {name} | {r['seeds']} | {r['solved']} of {r['n']} ({r['low']:.1%} to {r['high']:.1%}) | {r['mean']:.1%} |")
+
+
+@command
+def searched_table(decoder: Path = typer.Argument(..., help='Checkpoint of a decoder with its table.'), out: Path = typer.Argument(..., help='Folder to make: the same decoder with the table of found rows.'),
+                   pairs: int = typer.Option(16, min=1, help='Training pairs of each task that are searched on.'), steps: int = typer.Option(50, min=1, help='Gradient steps.'), lr: float = typer.Option(.05, min=0, help='Rate of the search.')):
+    "Find each training task a row by search on its training pairs, from the mean row: rows for an encoder to be fitted to instead of the learned ones. Example: etrm searched-table checkpoints/lab_decoder searched_rows --steps 20"
+    if out.exists(): raise ValueError(f'{out} is there already: choose another folder')
+    frozen, table, saved = load_checkpoint(decoder)
+    if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
+    found, right = searching.searched_table(frozen, table, task_sets.make_task_sets(tables.configuration_for(decoder))[0], pairs, steps, lr)
+    save_checkpoint(out, dict(decoder=frozen, table=found), saved)
+    print(f'{len(right)} rows, found in {steps} steps on {pairs} pairs each: {right.sum()} of {pairs * len(right)} pairs answered ({(right == pairs).sum()} rows answer all of theirs)\n{out}')
 
 
 @command

@@ -50,12 +50,14 @@ class RegressionConfig(TrainConfig):
     squared: float = Field(1., ge=0, description="weight of the mean squared error over the rows' variance")
     softmax: float = Field(0., ge=0, description='weight of the cross-entropy of a softmax over all rows: which row is meant?')
     search_steps: Literal[0] = Field(0, description='there is nothing to search in: no decoder takes part')
+    contrast: Literal[0] = Field(0, description='the softmax over rows tells tasks apart already')
 
 
 class EvaluationConfig(Settings):
     "How results are measured."
     num_aug: int = Field(7, ge=0, description='augmented views of each task beside its own, voted over')
     batch_size: int = Field(256, ge=1)
+    validation: bool = Field(False, description='measure validation tasks too, whenever the sets are measured in training: to stop early by')
     decides: str = Field('instances', description='the evaluation set whose pass@1 the verdict rests on')
 
 
@@ -71,6 +73,8 @@ class ExperimentConfig(Settings):
     regression: RegressionConfig | None = Field(None, description="before `train`: the encoder is fitted to the table's rows, through no decoder")
     num_demos: int = Field(4, ge=1, description='K, demonstrations of a query')
     query: Literal['any', 'test'] = 'any'
+    demos: Literal['drawn', 'fewer', 'first'] = Field('drawn', description='of a training query: K other pairs drawn anew, 1 to K of them, or always the first K in order')
+    curriculum: float = Field(0., ge=0, lt=1, description='share of the updates over which families come in one after another, those that change the fewest cells first; 0: all from the start')
     translate: bool = False
     evaluation: EvaluationConfig = EvaluationConfig()
 

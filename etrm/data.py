@@ -148,6 +148,8 @@ class Stream:
         query: str = 'any',  # 'any' pair of the task, or only its 'test' pairs
         translate: bool = False,  # shift the grids on the canvas at random
         extents: bool = False,  # add each sample's `extent`, for a decoder with `crop`
+        demos: str = 'drawn',  # which K other pairs: 'drawn' anew, 'fewer', 1 to K of them, or the 'first'
+        opens: np.ndarray | None = None,  # (G,) the batch from which on each group is drawn; None: all from the start
     ):
         if translate and extents: raise ValueError('a decoder with crop reads grids at the top left corner: set translate to false, or decoder.crop to null')
         if query not in ('any', 'test'): raise ValueError(f"query is 'any' or 'test', not {query!r}")
@@ -155,6 +157,9 @@ class Stream:
         order = np.argsort(data.group, kind='stable')  # puzzles by group: a group is drawn first, then one of its puzzles
         self.members, self.first = order, np.searchsorted(data.group[order], np.unique(data.group))
         self.size = np.diff(np.append(self.first, len(order)))
+        self.demos, self.opens = demos, np.zeros(len(self.first), int) if opens is None else opens
+        if demos not in ('drawn', 'fewer', 'first'): raise ValueError(f"demos is 'drawn', 'fewer' or 'first', not {demos!r}")
+        if len(self.opens) != len(self.first) or self.opens.min() > 0: raise ValueError(f'opens says of {len(self.opens)} groups from which batch on they are drawn, the first from {self.opens.min()}; there are {len(self.first)}, and one has to be there at batch 0')
 
     def batch(self,
         i: int,  # number of the batch
@@ -162,7 +167,8 @@ class Stream:
     ) -> dict[str, np.ndarray]:
         "Batch `i`, or some of its rows."
         rng, B, data = np.random.default_rng([self.seed, i]), self.batch_size, self.data
-        g = rng.integers(len(self.first), size=B)
+        there = np.flatnonzero(self.opens <= i)
+        g = there[rng.integers(len(there), size=B)]
         puzzles = self.members[self.first[g] + rng.integers(self.size[g])]
         pairs, mask = self.draw_pairs(puzzles, rng)
         if not self.translate: return assemble(data, puzzles[rows], *gather(data, pairs[rows], puzzles[rows]), mask[rows], pairs[rows, 0] if self.extents else None)
@@ -177,9 +183,10 @@ class Stream:
         absent, test = places >= n[:, None], self.data.is_test[pair]
         key = rng.random(pair.shape)
         query = np.where(absent | ((self.query == 'test') & ~test), 2., key).argmin(1)
-        demo_key = np.where(absent | (places == query[:, None]) | ((self.query == 'test') & test), 2., key)
+        demo_key = np.where(absent | (places == query[:, None]) | ((self.query == 'test') & test), 2., places / len(places) if self.demos == 'first' else key)
         order = demo_key.argsort(1)[:, :self.num_demos]
         mask = np.take_along_axis(demo_key, order, 1) < 2
+        if self.demos == 'fewer': mask &= np.arange(mask.shape[1]) < rng.integers(1, self.num_demos, size=(len(mask), 1), endpoint=True)
         short = self.num_demos - order.shape[1]
         order, mask = np.pad(order, ((0, 0), (0, short))), np.pad(mask, ((0, 0), (0, short)))
         return np.take_along_axis(pair, np.concatenate([query[:, None], order], 1), 1), mask

@@ -32,6 +32,7 @@ class EncoderConfig(BaseModel):
     cells: Literal['sequence', 'paired'] = Field('sequence', description='sequence: the input grid, then the output grid, 2S places; paired: S places, each of which shows input and output')
     positions: Literal['rotary', 'learned'] = Field('rotary', description='learned: beside the rotary places, a learned vector for each')
     recurrent: bool = Field(False, description='share the weights of the cell blocks over depth')
+    mask_pad: bool = Field(True, description='leave PAD out of attention and pooling')
     norm: Literal['post', 'pre'] = 'post'
     pooling: Literal['mean', 'attention', 'weighted', 'cls', 'none'] = 'mean'
     set_pooling: Literal['queries', 'mean'] = 'queries'
@@ -77,6 +78,7 @@ class Cells(nn.Module):
             at_both = inputs * self.config.vocab_size + outputs
             x = (F.embedding(inputs, self.tables[0]) + F.embedding(outputs, self.tables[1]) + F.embedding(at_both, self.both)) / 3**.5
             mask = (inputs != PAD) | (outputs != PAD)
+        if not self.config.mask_pad: mask = torch.ones_like(mask)
         return (x if self.places is None else (x + self.places) / 2**.5), mask
 
 # %% ../nbs/api/07_encoders.ipynb #a71e1eef

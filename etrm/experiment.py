@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['new_table', 'pretrain', 'save_first', 'found_at', 'filled', 'differences', 'read_back', 'resume_or_start',
            'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'measured_row', 'copy_answers',
-           'score', 'evaluate', 'format_results', 'train_encoder', 'new_encoder', 'regress_on_rows',
+           'score', 'evaluate', 'format_results', 'opening_updates', 'train_encoder', 'new_encoder', 'regress_on_rows',
            'resume_regression', 'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder', 'is_trained',
            'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'compare_contexts']
 
@@ -33,10 +33,11 @@ from .diagnosis import Verdict, scenario
 from .distributed import GlobalDraws, from_first, is_first, merged, mine, share, sum_gradients, sum_over_ranks, world_size
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
+from .grids import PAD
 from .losses import trm_loss
 from .optim import AdamATan2, lr_scale
 from .plots import plot_contexts, plot_curves, plot_gallery, plot_results
-from .task_sets import make_task_sets
+from .task_sets import make_task_sets, validation_tasks
 from .tasks import Task
 from .tracking import Record, alone_in, new_run_folder, start_wandb
 from .training import Stopped, Trainer, context_of, context_statistics, random_state, set_random_state, to_tensors
@@ -257,6 +258,20 @@ def format_results(
     lines = ['| context | ' + ' | '.join(sets) + ' |', '|---' * (1 + len(sets)) + '|']
     return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods])
 
+# %% ../nbs/api/18_experiment.ipynb #a3f16ea5
+def opening_updates(
+    train: list[Task],  # procedural ones
+    data: PuzzleData,  # of these tasks
+    updates: float,  # over which families come in
+) -> np.ndarray:  # (G,) int64 the update from which on each task is drawn
+    "A curriculum: families one after another, those that change the smallest share of their cells first, compositions as one family."
+    if any(t.rule is None for t in train): raise ValueError('curriculum goes by the families of procedural tasks: set it to 0 for others')
+    family = np.array(['composition' if '+' in t.rule['family'] else t.rule['family'] for t in train])
+    own = [next(slice(data.start[p], data.stop[p]) for p in np.flatnonzero(data.group == g)) for g in range(len(train))]
+    changed = np.array([(data.inputs[pairs] != data.outputs[pairs]).sum() / ((data.inputs[pairs] != PAD) | (data.outputs[pairs] != PAD)).sum() for pairs in own])
+    ordered = sorted(set(family), key=lambda name: changed[family == name].mean())
+    return np.array([int(updates * ordered.index(name) / len(ordered)) for name in family])
+
 # %% ../nbs/api/18_experiment.ipynb #d6172ac3
 def train_encoder(
     config: ExperimentConfig,
@@ -272,14 +287,16 @@ def train_encoder(
     "Train a demonstration encoder through the decoder."
     encoder = new_encoder(config, decoder.to(device), table).to(device)
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
-    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate, decoder.config.crop is not None)
+    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate, decoder.config.crop is not None, config.demos,
+                    opening_updates(train, data, config.curriculum * config.train.steps) if config.curriculum else None)
     parts, checkpoint = dict(decoder=decoder, encoder=encoder), Path(folder) / 'checkpoint' if folder else None
     if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()
     fresh = not (checkpoint and checkpoint.exists())
     if fresh and folder and not config.regression: record.rewind(0)  # killed before its first save
     if fresh and config.regression: regress_on_rows(encoder, table, data, config, record, folder)
     trainer = Trainer(decoder, encoder, stream, config.train)
-    asked = {name: puzzle_data(tasks, decoder.config.canvas) for name, tasks in (sets or {}).items()}
+    measured = (sets or {}) | ({'validation': validation_tasks(config)} if config.evaluation.validation else {})
+    asked = {name: puzzle_data(tasks, decoder.config.canvas) for name, tasks in measured.items()}
     def evaluate():
         found = {name: measures(decoder, d, contexts_of(encoder, d, config.num_demos)[0]) for name, d in asked.items()}
         return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
@@ -317,7 +334,7 @@ def regress_on_rows(
     c = config.regression
     if table is None or len(table.weights) != data.num_identifiers:
         raise ValueError(f'regression needs a table with a row for each of the {data.num_identifiers - 1} puzzles, not {"none" if table is None else len(table.weights) - 1}')
-    stream, rows = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate), table.contexts()
+    stream, rows = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate, demos=config.demos), table.contexts()
     device = next(encoder.parameters()).device
     losses = RowLosses(rows).to(device)
     adam = AdamATan2([*encoder.parameters(), *losses.parameters()], lr=c.optim.lr, betas=(c.optim.beta1, c.optim.beta2), weight_decay=c.optim.weight_decay)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['demonstrations_right', 'search_tasks', 'oracle', 'contexts_on_the_way', 'search_curves', 'measured_views',
-           'side_by_side', 'format_side_by_side']
+           'side_by_side', 'format_side_by_side', 'searched_table']
 
 # %% ../nbs/api/18_searching.ipynb #405e6003
 import time
@@ -196,3 +196,26 @@ def format_side_by_side(found: dict[str, list[dict]]) -> str:  # a Markdown tabl
             cells = [f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for on in sets for r in rows if (r['set'], r['steps']) == (on, steps)]
             lines.append(f'| {name} | {steps} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
+
+# %% ../nbs/api/18_searching.ipynb #2a27d01a
+def searched_table(
+    decoder: Decoder,
+    table: PuzzleEmbedding,  # the search starts from the mean of its rows
+    tasks: list[Task],  # those that the rows belong to, in order
+    pairs: int = 16,  # training pairs of each task that are searched on
+    steps: int = 50,  # gradient steps
+    lr: float = .05,
+) -> tuple[PuzzleEmbedding, np.ndarray]:  # a table of found rows; how many of its pairs each task's row answers, 0 to `pairs`
+    "A table for the same tasks, each row found by gradient descent through the frozen decoder."
+    data = puzzle_data(tasks, decoder.config.canvas)
+    if data.num_identifiers != len(table.weights): raise ValueError(f'the table has {len(table.weights) - 1} rows, but there are {len(tasks)} tasks: take the configuration it was trained with')
+    if (fewest := min(len(t.train) for t in tasks)) < pairs: raise ValueError(f'{pairs} pairs are asked for, but a task has {fewest} training pairs: ask for fewer')
+    batches = [to_tensors(b) for b in eval_batches(data, 256, pairs)]
+    inputs, labels, mask, puzzle = (torch.cat([b[k] for b in batches]) for k in ('demo_inputs', 'demo_labels', 'demo_mask', 'puzzle'))
+    first = torch.from_numpy(np.unique(puzzle.numpy(), return_index=True)[1])  # a task may have several queries
+    demos = inputs[first], torch.from_numpy(to_labels(labels[first].numpy())), mask[first]
+    start = table.contexts().mean(0, keepdim=True).expand(len(first), -1, -1)
+    contexts = contexts_on_the_way(decoder, demos, start, steps, lr, (steps,), batch_size=32)[steps][0]
+    found = PuzzleEmbedding(len(table.weights), contexts[0].numel(), *contexts.shape[1:], noise=table.noise)
+    found.weights[1:] = contexts.flatten(1)
+    return found, demonstrations_right(decoder, demos, contexts)

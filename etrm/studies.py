@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDER_NAME', 'Study', 'load_study', 'study_names', 'update_flops', 'with_equal_compute', 'run_study', 'run_variant',
-           'last_values', 'measured', 'chosen', 'summarise', 'paired']
+           'last_values', 'measured', 'measured_searched', 'chosen', 'summarise', 'paired']
 
 # %% ../nbs/api/18_studies.ipynb #0cbd24ab
 import json
@@ -26,6 +26,7 @@ from .decoder import Decoder
 from .contexts import PuzzleEmbedding
 from .evaluation import clopper_pearson
 from .experiment import contexts_of, known_puzzles, measured_row, measures, new_encoder, train_encoder
+from .searching import search_curves
 from .task_sets import make_task_sets
 from .tasks import read_json
 from .tracking import Record, read_record
@@ -41,6 +42,7 @@ class Study(BaseModel):
     base: str = Field(description='name or file of the base configuration')
     seeds: list[int] = Field(min_length=1)
     equal_compute: bool = Field(True, description="train each variant for the base's floating-point operations, not its updates")
+    search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations: with them, answers are measured after such a search too')
     variants: dict[Annotated[str, Field(pattern=FOLDER_NAME)], list[str]] = Field(description='overrides by name; an empty list is the base itself')
     seeds_of: dict[str, list[int]] = Field({}, description='other seeds for some variants')
 
@@ -128,6 +130,7 @@ def run_variant(study: Study, variant: str, seed: int, base: ExperimentConfig, c
                  weights=sum(p.numel() for p in encoder.parameters()), seconds=round(time.monotonic() - began, 1))
     about |= last_values(read_record(out))
     rows = [row for name, tasks in sets.items() for row in measured(decoder, encoder, name, tasks, config, about)]
+    if study.search_steps: rows += measured_searched(decoder, encoder, sets, config, study.search_steps, about)
     (out / 'rows.writing').write_text(json.dumps(rows))
     os.replace(out / 'rows.writing', out / 'rows.json')  # whole or not at all: it says that the run is finished
 
@@ -144,6 +147,12 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
     contexts, groups = contexts_of(source, data, config.num_demos, config.evaluation.batch_size)
     kinds = {'encoder': contexts, 'mean': mean(contexts, groups), 'shuffled': shuffled(contexts, groups)}
     return [measured_row(measures(decoder, data, c, config.evaluation.batch_size), **about, set=name, method=kind) for kind, c in kinds.items()]
+
+
+def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, about: dict) -> list[dict]:
+    "Rows for each set: answers after a search from the encoder's contexts."
+    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',))
+    return [about | {k: v for k, v in row.items() if k not in ('start', 'steps', 'demonstrations')} | dict(method='searched', search_steps=steps) for row in found]
 
 # %% ../nbs/api/18_studies.ipynb #afb5613a
 def chosen(rows: list[dict], **want) -> list[dict]:

@@ -24,7 +24,7 @@ from .data import Stream
 from .decoder import Carry, Decoder
 from .distributed import GlobalDraws, broadcast, gather, gather_touched, is_first, share, sum_gradients, sum_over_ranks, world_size
 from .grids import IGNORE_LABEL, PAD
-from .losses import stablemax_cross_entropy, trm_loss
+from .losses import contrastive_loss, stablemax_cross_entropy, trm_loss
 from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
 
 # %% ../nbs/api/11_training.ipynb #4d8ff741
@@ -91,6 +91,7 @@ class TrainConfig(BaseModel):
     compile: bool = Field(False, description="torch.compile the decoder's blocks; needs a C++ compiler on CPU")
     search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations between context and answer, in every update')
     search_lr: float = Field(.05, gt=0, allow_inf_nan=False, description='of Adam in that search; `etrm search` and its like take it too where they are given none')
+    contrast: float = Field(0., ge=0, allow_inf_nan=False, description='weight of the contrast between tasks: contexts of two halves of the demonstrations should find each other in the batch')
     log_every: int = Field(20, ge=1)
     eval_every: int = Field(0, ge=0, description='0 evaluates only at the end')
     save_every: int = Field(0, ge=0, description='0 saves only at the end')
@@ -135,7 +136,9 @@ class Trainer:
         trains = [p for m in (decoder, source) for p in m.parameters() if p.requires_grad]
         self.sparse = TableSGD(source, rule=config.optim.puzzle_emb_rule) if isinstance(source, PuzzleEmbedding) else None
         if not trains and self.sparse is None: raise ValueError('nothing trains: the decoder is frozen and the source has no parameters')
-        if config.search_steps and 'demo_inputs' not in source.reads: raise ValueError('search_steps needs demonstrations, which a table does not read: set it to 0')
+        for key in ('search_steps', 'contrast'):
+            if getattr(config, key) and 'demo_inputs' not in source.reads: raise ValueError(f'{key} needs demonstrations, which a table does not read: set it to 0')
+        if config.contrast and world_size() > 1: raise ValueError('contrast compares the samples of one process: set it to 0, or train in one process')
         o = config.optim
         self.dense = AdamATan2(trains, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay) if trains else None
         self.modules = nn.ModuleDict(dict(decoder=decoder, source=source))
@@ -158,10 +161,11 @@ class Trainer:
         self.decoder.train(); self.source.train()
         self.refill()
         with GlobalDraws():
+            contrast = self.contrast()
             context = context_of(self.source, self.slots)
             self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context + self.way_searched(context), self.slots.get('extent'))
         loss, sums = trm_loss(logits, q_halt, self.slots['labels'])
-        total = loss.sum() / self.config.global_batch_size + getattr(self.source, 'extra_loss', 0.) / world_size()
+        total = loss.sum() / self.config.global_batch_size + getattr(self.source, 'extra_loss', 0.) / world_size() + contrast
         total.backward()
         sum_gradients(self.decoder, self.source)
         norms = clip_gradients(self.decoder, self.source, self.config.optim.grad_clip)
@@ -171,6 +175,15 @@ class Trainer:
         done = self.carry.halted.float()
         metrics = {f'train/{k}': (v * done).sum() for k, v in sums.items()} | {'train/steps': (self.carry.steps * done).sum()}
         return metrics | norms | {'train/lr': torch.tensor(self.config.optim.lr * scale)}, context
+
+    def contrast(self) -> Tensor | float:
+        "The weighted `contrastive_loss` between contexts of two halves of each sample's demonstrations."
+        if not self.config.contrast: return 0.
+        half, demos = self.slots['demo_mask'].shape[1] // 2, [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
+        two = [[d[:, part] for d in demos] for part in (slice(half), slice(half, None))]
+        both = two[0][2].any(1) & two[1][2].any(1)  # one demonstration has no halves
+        if not both.any(): return 0.
+        return self.config.contrast * contrastive_loss(*(self.source(*(d[both] for d in part)) for part in two), self.slots['group'][both])
 
     def way_searched(self, context: Tensor) -> Tensor | float:
         "How far `search` on the demonstrations moves the context; a constant for the gradient, as in arXiv 2411.08706."
