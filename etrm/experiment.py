@@ -204,8 +204,9 @@ def measured_row(found: dict[str, np.ndarray], **about) -> dict:
     "Measures of single answers as a row that JSON can hold, with the interval over queries."
     solved, n = int(found['exact'].sum()), len(found['exact'])
     low, high = clopper_pearson(solved, n)
+    short = lambda values: values.astype(float).round(4).tolist()  # in float32 0.8 would be written as 0.800000011920929
     return about | dict(solved=solved, n=n, low=low, high=high, accuracy=float(found['accuracy'].mean()), lm_loss=float(found['lm_loss'].mean()),
-                        exact=found['exact'].astype(int).tolist(), accuracies=found['accuracy'].round(4).tolist(), lm_losses=found['lm_loss'].round(4).tolist())
+                        exact=found['exact'].astype(int).tolist(), accuracies=short(found['accuracy']), lm_losses=short(found['lm_loss']))
 
 # %% ../nbs/api/18_experiment.ipynb #2ef16406
 def copy_answers(data: PuzzleData) -> Predictions:
