@@ -73,7 +73,7 @@ DECODER = typer.Option('checkpoints/lab_decoder', '--decoder', help='Checkpoint 
 RUNS = typer.Option('runs', '--runs', help='Folder in which the run makes its own.')
 WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline without an account, as WANDB_MODE says.')
 AS_JSON = typer.Option(False, '--json', help='Print the results as one line of JSON.')
-RATE = typer.Option(None, min=0, help="Rate of the search; without it an encoder's train.search_lr, or 0.05.")
+RATE = typer.Option(None, min=0, help="Rate of the search; without it an encoder's train.search_lr, or 0.14 of the standard deviation of a table's rows.")
 DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
@@ -206,7 +206,7 @@ def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'),
 
 @command
 def searched_table(decoder: Path = typer.Argument(..., help='Checkpoint of a decoder with its table.'), out: Path = typer.Argument(..., help='Folder to make: the same decoder with the table of found rows.'),
-                   pairs: int = typer.Option(16, min=1, help='Training pairs of each task that are searched on.'), steps: int = typer.Option(50, min=1, help='Gradient steps.'), lr: float = typer.Option(.05, min=0, help='Rate of the search.')):
+                   pairs: int = typer.Option(16, min=1, help='Training pairs of each task that are searched on.'), steps: int = typer.Option(50, min=1, help='Gradient steps.'), lr: float = typer.Option(None, min=0, help="Rate of the search; without it 0.14 of the rows' standard deviation.")):
     "Find each training task a row by search on its training pairs, from the mean row: rows for an encoder to be fitted to instead of the learned ones. Example: etrm searched-table checkpoints/lab_decoder searched_rows --steps 20"
     if out.exists(): raise ValueError(f'{out} is there already: choose another folder')
     frozen, table, saved = load_checkpoint(decoder)

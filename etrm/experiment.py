@@ -12,6 +12,7 @@ __all__ = ['new_table', 'pretrain', 'save_first', 'found_at', 'filled', 'differe
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Iterator
@@ -430,6 +431,7 @@ def run(
     else: encoder = train_encoder(config, decoder, table, train, record, folder, device, sets=sets)
     if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
     save_first(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), config)
+    from_first(lambda: shutil.rmtree(folder / 'regression') if (folder / 'regression').exists() else None)  # it was for resuming
     known = known_puzzles(trained_as, train, config) if table is not None else None
     try: rows, votes = evaluate(config, decoder, encoder, table if known is not None else None, sets, known)
     except KeyboardInterrupt as error: raise Stopped(config.train.steps, folder / 'checkpoint') from error
