@@ -55,6 +55,7 @@ def search_rate(
 ) -> float:
     "A rate for searches among this table's contexts: 0.14 of its rows' standard deviation, the share that was chosen on validation tasks (`nbs/15_rows.ipynb`)."
     spread = table.contexts().std(0)
+    if not (spread > 0).any(): raise ValueError(f'the rows of this table ({len(table.weights) - 1}) do not differ, so they say nothing about the rate of a search: name one (--lr)')
     return .14 * spread[spread > 0].mean().item()  # a row may be shorter than T * D
 
 # %% ../nbs/api/18_searching.ipynb #0fb20d07

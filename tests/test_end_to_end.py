@@ -82,6 +82,7 @@ def test_arc_end_to_end(name, overrides, tmp_path):
     verdict, rows = json.loads((folder / 'verdict.json').read_text()), json.loads((folder / 'results.json').read_text())
     assert verdict['scenario'] in ('B', 'undecided')  # two tasks cannot tell A from C
     assert {r['set'] for r in rows} == {'training tasks', 'evaluation'}
+    assert not (folder / 'regression').exists()  # kept for resuming only
     answers = json.loads((folder / 'submission.json').read_text())
     held_out = make_task_sets(config)[1]['evaluation']
     assert {t.name: len(t.test) for t in held_out} == {name: len(a) for name, a in answers.items()}
