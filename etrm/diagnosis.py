@@ -84,14 +84,14 @@ def onehot_rules(
 
 def rule_share(
     rows: np.ndarray,  # (n, d) of a table
-    rules: list[Rule],  # (n,) of its tasks
+    features: np.ndarray,  # (n, f) of its tasks' rules, as `onehot_rules` makes them
     penalty: float = 3.,  # of the ridge
     folds: int = 8,  # each is predicted from the others
 ) -> float:  # R squared, at most 1; 0 or less: the rule says nothing about a row
     "The share of the rows' variance that their rules predict, on rows left out of the fit."
-    if len(rows) != len(rules): raise ValueError(f'{len(rows)} rows and {len(rules)} rules: a table has a row for each rule')
-    if len(rules) < 2 * folds: raise ValueError(f'{len(rules)} rows are too few for {folds} folds')
-    x, fold = onehot_rules(rules), np.random.default_rng(0).permutation(len(rules)) % folds
+    if len(rows) != len(features): raise ValueError(f'{len(rows)} rows and {len(features)} rules: a table has a row for each rule')
+    if len(rows) < 2 * folds: raise ValueError(f'{len(rows)} rows are too few for {folds} folds')
+    x, fold = features, np.random.default_rng(0).permutation(len(rows)) % folds
     missed = total = 0.
     for k in range(folds):
         fit, mean = fold != k, rows[fold != k].mean(0)

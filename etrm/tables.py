@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'model_type', 'configuration_for', 'views_of', 'puzzles_of', 'table_answers', 'evaluate_table', 'scored',
-           'evaluate_dataset', 'rows_share']
+           'evaluate_dataset', 'rows_share', 'features_of_rules']
 
 # %% ../nbs/api/18_tables.ipynb #e9d96e37
 from dataclasses import replace
@@ -18,10 +18,11 @@ from .configs import ExperimentConfig, explain, load_config
 from .contexts import PuzzleEmbedding
 from .data import PuzzleData, puzzle_data, read_dataset
 from .decoder import Decoder
-from .diagnosis import rule_share
+from .diagnosis import onehot_rules, rule_share
 from .experiment import answer, contexts_of, copy_answers, differences, score
 from .task_sets import make_task_sets
 from .grids import Augmentation
+from .pattern import onehot_programs, pattern_tasks
 from .rules import sample_rules
 from .tasks import Task, load_challenges, read_json
 from .votes import Predictions, Votes, concatenate
@@ -142,14 +143,22 @@ def evaluate_dataset(
 # %% ../nbs/api/18_tables.ipynb #65ae568a
 def rows_share(
     checkpoint: str | Path,
-) -> float | None:  # None where there are no rows of procedural tasks, or too few
+) -> float | None:  # None where there are no rows of procedural tasks or patterns, or too few
     "The share of the variance of a table's rows that the rules of its tasks predict, rows of compositions left out."
     if 'arch' in read_config(checkpoint): return None  # an official configuration says nothing about tasks
     config = configuration_for(checkpoint)
     c = config.tasks
-    if c.source != 'families' or c.num_aug: return None  # a table of real tasks may be gigabytes: it is not read for nothing
+    if c.source not in ('families', 'pattern') or c.num_aug: return None  # a table of real tasks may be gigabytes: it is not read for nothing
     weights = read_tensors(checkpoint)['table'].get('weights')
     if weights is None or len(weights) != c.max_train_groups + 1: return None
-    rules = sample_rules('train', c.max_train_groups, c.seed, config.decoder.canvas, c.compositions)
-    single = [i for i, rule in enumerate(rules) if len(rule.parts) == 1]
-    return rule_share(weights[1:].float().numpy()[single], [rules[i] for i in single]) if len(single) >= 64 else None
+    single, features = features_of_rules(config)
+    return rule_share(weights[1:].float().numpy()[single], features) if len(single) >= 64 else None
+
+
+def features_of_rules(config: ExperimentConfig) -> tuple[np.ndarray, np.ndarray]:  # (n,) which training tasks have one rule, from 0; (n, f) that rule's features
+    "What is known of the rules of procedural training tasks, compositions left out."
+    c, canvas = config.tasks, config.decoder.canvas
+    if c.source == 'pattern': return np.arange(c.max_train_groups), onehot_programs(pattern_tasks('train', c.max_train_groups, 1, 1, c.seed, canvas, c.pattern_side))
+    rules = sample_rules('train', c.max_train_groups, c.seed, canvas, c.compositions)
+    single = np.array([i for i, rule in enumerate(rules) if len(rule.parts) == 1], int)
+    return single, onehot_rules([rules[i] for i in single])
