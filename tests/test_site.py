@@ -81,7 +81,8 @@ def test_page(page, site, name):
 
 def test_home_shows_the_verdicts_and_their_figure(page, site):
     page.goto(site)
-    verdicts = page.locator('article table').first
+    aims, verdicts = (page.locator('article table').nth(i) for i in range(2))
+    assert aims.locator('tbody tr').count() == 5 and 'compositions, with search' in aims.inner_text()
     assert verdicts.locator('tbody tr').count() >= 7 and 'Is the encoder too weak?' in verdicts.inner_text()
     assert page.locator('article img[src*="state"]').first.is_visible()
 
