@@ -10,11 +10,10 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .contexts import PuzzleEmbedding
+from .contexts import PuzzleEmbedding, at_rms_1
 
 # %% ../nbs/api/09_optim.ipynb #5e223246
 class OptimConfig(BaseModel):
@@ -84,7 +83,7 @@ class TableSGD:
         touched, where = identifiers.unique(return_inverse=True)
         gradient = torch.zeros(len(touched), rows.shape[1], device=rows.device).index_add_(0, where, rows.grad)
         old = self.table.weights[touched]
-        direction = gradient.sign() if self.rule == 'sign' else F.normalize(gradient, dim=1) * gradient.shape[1]**.5
+        direction = gradient.sign() if self.rule == 'sign' else at_rms_1(gradient)
         self.table.weights[touched] = old * (1 - self.lr * self.weight_decay) - self.lr * direction
         self.table.touched = None
 

@@ -75,6 +75,7 @@ def search_tasks(
     steps: int = 100,  # gradient steps; 0 answers from the start
     lr: float | None = None,  # None: an encoder's train.search_lr, or from a decoder's mean row its table's `search_rate`
     num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and those that answer most demonstrations vote
+    rule: str | None = None,  # 'adam' or 'normalised'; None: an encoder's train.search_rule, or from a decoder's mean row 'adam'
 ) -> dict:  # 'summary', a row a task, with the losses of its own view and how many demonstrations the best view answers; 'submission' in ARC Prize's form
     "Search a context for each task on its demonstrations, and answer its queries."
     with_encoder = bool(read_tensors(checkpoint)['encoder'])
@@ -82,12 +83,13 @@ def search_tasks(
     else: decoder, table, _ = load_checkpoint(checkpoint)
     if not with_encoder and table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
     if lr is None: lr = config.train.search_lr if with_encoder else search_rate(table)
+    if rule is None: rule = config.train.search_rule if with_encoder else 'adam'
     data, most = puzzle_data(tasks, decoder.config.canvas, num_aug), max(len(t.train) for t in tasks)
     demos, puzzle = demonstrations(data, most)
     puzzles, first, view = np.unique(puzzle, return_index=True, return_inverse=True)  # demonstrations are the same for every query of a view
     demos = tuple(d[first] for d in demos)
     start = contexts_of(encoder, data, most)[0][torch.from_numpy(first)] if with_encoder else table.contexts().mean(0, keepdim=True).expand(len(first), -1, -1)
-    found, losses = zip(*(search(decoder, *(d[at:at + 256] for d in demos), start[at:at + 256], stablemax_cross_entropy, steps, lr, progress=True) for at in range(0, len(first), 256)))
+    found, losses = zip(*(search(decoder, *(d[at:at + 256] for d in demos), start[at:at + 256], stablemax_cross_entropy, steps, lr, progress=True, rule=rule) for at in range(0, len(first), 256)))
     contexts, losses = torch.cat(found), torch.cat(losses, 1)
     right = demonstrations_right(decoder, demos, contexts)
     votes = vote(of_best_views(answer(decoder, data, contexts[torch.from_numpy(view)]), right[view]), tasks)
@@ -132,6 +134,7 @@ def contexts_on_the_way(
     lr: float,
     marks: tuple[int, ...],
     batch_size: int = 256,  # queries searched at once
+    rule: str = 'adam',  # or 'normalised', as in `search`
 ) -> dict[int, tuple[Tensor, float]]:  # by mark: contexts (Q, T, D), and seconds since the start
     "Contexts after each of these numbers of gradient steps on the demonstrations."
     found, seconds = {m: [] for m in marks if m <= steps}, dict.fromkeys(marks, 0.)
@@ -139,7 +142,7 @@ def contexts_on_the_way(
         began = time.monotonic()
         def watch(step, contexts):
             if step in found: found[step].append(contexts.clone()); seconds[step] += time.monotonic() - began
-        search(decoder, *(d[at:at + batch_size] for d in demos), start[at:at + batch_size], stablemax_cross_entropy, steps, lr, progress=len(start) <= batch_size, watch=watch)
+        search(decoder, *(d[at:at + batch_size] for d in demos), start[at:at + batch_size], stablemax_cross_entropy, steps, lr, progress=len(start) <= batch_size, watch=watch, rule=rule)
     return {m: (torch.cat(contexts), seconds[m]) for m, contexts in found.items()}
 
 
@@ -154,6 +157,7 @@ def search_curves(
     marks: tuple[int, ...] = (0, 1, 5, 20, 50, 100),  # numbers of steps after which the queries are answered
     starts: tuple[str, ...] = ('encoder', 'mean', 'noise'),  # 'shuffled' is one more: the encoder's context for another task
     num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and all vote
+    rule: str = 'adam',  # or 'normalised', as in `search`
 ) -> list[dict]:  # a row for each set, start and mark: measures of the queries in their own view, seconds since the start, and votes
     "Accuracy on held-out queries against search steps, by where the search starts."
     found, rows = [], table.contexts() if table is not None else None
@@ -167,7 +171,7 @@ def search_curves(
         at = {'encoder': contexts} | ({'shuffled': shuffled(contexts, groups)} if 'shuffled' in starts else {})
         if rows is not None: at |= {'mean': rows.mean(0, keepdim=True).expand(len(contexts), -1, -1), 'noise': rows.mean(0) + rows.std(0) * torch.randn(len(contexts), *rows.shape[1:])}
         for start in starts:
-            for step, (contexts, seconds) in contexts_on_the_way(decoder, demos, at[start], steps, lr, marks).items():
+            for step, (contexts, seconds) in contexts_on_the_way(decoder, demos, at[start], steps, lr, marks, rule=rule).items():
                 found.append(measured_views(decoder, data, demos, contexts, tasks, set=name, start=start, steps=step, seconds=round(seconds, 1)))
     return found
 
@@ -196,7 +200,7 @@ def side_by_side(
         decoder, encoder, config = load_encoder(checkpoint)
         config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
         sets = make_task_sets(config)[1]
-        found[name] = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, marks, ('encoder',))
+        found[name] = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, marks, ('encoder',), rule=config.train.search_rule)
         if views == 1: continue
         voted = search_curves(decoder, encoder, None, sets, config.num_demos, 0, marks=(0,), starts=('encoder',), num_aug=views - 1)
         found[f'{name}, best of {views} views'] = [r | dict(zip(('solved', 'n', 'low', 'high'), (sum(bits := r['best_voted']), len(bits), *clopper_pearson(sum(bits), len(bits))))) for r in voted]

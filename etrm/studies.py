@@ -151,7 +151,7 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
 
 def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, about: dict) -> list[dict]:
     "Rows for each set: answers after a search from the encoder's contexts."
-    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',))
+    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',), rule=config.train.search_rule)
     return [about | {k: v for k, v in row.items() if k not in ('start', 'steps', 'demonstrations')} | dict(method='searched', search_steps=steps) for row in found]
 
 # %% ../nbs/api/18_studies.ipynb #afb5613a

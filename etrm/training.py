@@ -11,7 +11,7 @@ import signal
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -90,7 +90,8 @@ class TrainConfig(BaseModel):
     freeze_decoder: bool = False
     compile: bool = Field(False, description="torch.compile the decoder's blocks; needs a C++ compiler on CPU")
     search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations between context and answer, in every update')
-    search_lr: float = Field(.05, gt=0, allow_inf_nan=False, description='of Adam in that search; `etrm search` and its like take it too where they are given none')
+    search_lr: float = Field(.05, gt=0, allow_inf_nan=False, description='of that search; `etrm search` and its like take it too where they are given none')
+    search_rule: Literal['adam', 'normalised'] = Field('adam', description='how that search steps, and `etrm search` and its like where they are given no rate: by Adam, or by the gradient at RMS 1')
     contrast: float = Field(0., ge=0, allow_inf_nan=False, description='weight of the contrast between tasks: contexts of two halves of the demonstrations should find each other in the batch')
     log_every: int = Field(20, ge=1)
     eval_every: int = Field(0, ge=0, description='0 evaluates only at the end')
@@ -190,7 +191,7 @@ class Trainer:
         if not self.config.search_steps: return 0.
         demos = [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
         labels = demos[1].masked_fill(demos[1] == PAD, IGNORE_LABEL)
-        found, _ = search(self.decoder, demos[0], labels, demos[2], context, stablemax_cross_entropy, self.config.search_steps, self.config.search_lr)
+        found, _ = search(self.decoder, demos[0], labels, demos[2], context, stablemax_cross_entropy, self.config.search_steps, self.config.search_lr, rule=self.config.search_rule)
         return found - context.detach()
 
     def apply(self, scale: float):
