@@ -91,7 +91,7 @@ class TrainConfig(BaseModel):
     compile: bool = Field(False, description="torch.compile the decoder's blocks; needs a C++ compiler on CPU")
     search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations between context and answer, in every update')
     search_lr: float = Field(.05, gt=0, allow_inf_nan=False, description='of that search; `etrm search` and its like take it too where they are given none')
-    search_rule: Literal['adam', 'normalised'] = Field('adam', description='how that search steps, and `etrm search` and its like where they are given no rate: by Adam, or by the gradient at RMS 1')
+    search_rule: Literal['adam', 'normalised'] = Field('adam', description='how that search steps, and `etrm search` and its like where they are given none: by Adam, or by the gradient at RMS 1')
     contrast: float = Field(0., ge=0, allow_inf_nan=False, description='weight of the contrast between tasks: contexts of two halves of the demonstrations should find each other in the batch')
     log_every: int = Field(20, ge=1)
     eval_every: int = Field(0, ge=0, description='0 evaluates only at the end')
