@@ -51,6 +51,7 @@ class RegressionConfig(TrainConfig):
     softmax: float = Field(0., ge=0, description='weight of the cross-entropy of a softmax over all rows: which row is meant?')
     search_steps: Literal[0] = Field(0, description='there is nothing to search in: no decoder takes part')
     contrast: Literal[0] = Field(0, description='the softmax over rows tells tasks apart already')
+    rows: Literal[0] = Field(0, description='its losses are these already')
 
 
 class EvaluationConfig(Settings):

@@ -6,8 +6,8 @@
 __all__ = ['new_table', 'pretrain', 'save_first', 'found_at', 'filled', 'differences', 'read_back', 'resume_or_start',
            'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'measured_row', 'copy_answers',
            'score', 'evaluate', 'format_results', 'opening_updates', 'train_encoder', 'new_encoder', 'regress_on_rows',
-           'resume_regression', 'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder', 'is_trained',
-           'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'compare_contexts']
+           'held_near_rows', 'resume_regression', 'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder',
+           'is_trained', 'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
@@ -15,7 +15,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -296,7 +296,7 @@ def train_encoder(
     fresh = not (checkpoint and checkpoint.exists())
     if fresh and folder and not config.regression: record.rewind(0)  # killed before its first save
     if fresh and config.regression: regress_on_rows(encoder, table, data, config, record, folder)
-    trainer = Trainer(decoder, encoder, stream, config.train)
+    trainer = Trainer(decoder, encoder, stream, config.train, held_near_rows(config, table, device) if config.train.rows else None)
     measured = (sets or {}) | ({'validation': validation_tasks(config)} if config.evaluation.validation else {})
     asked = {name: puzzle_data(tasks, decoder.config.canvas) for name, tasks in measured.items()}
     def evaluate():
@@ -356,6 +356,17 @@ def regress_on_rows(
             record(i + 1, {f'regression/{k}': v.item() for k, v in found.items()})
         if place and (i + 1 == c.steps or c.save_every and (i + 1) % c.save_every == 0):
             save_first(place, dict(encoder=encoder), config, dict(updates=i + 1, dense=adam.state_dict(), losses=losses.state_dict(), record_rows=len(record.rows)) | random_state())
+
+
+def held_near_rows(config: ExperimentConfig, table: PuzzleEmbedding | None, device: str) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
+    "The losses of `regression`, weighted by `train.rows`, for `Trainer`; the scale of the softmax stays at its first value."
+    c, weight = config.regression, config.train.rows
+    if c is None or table is None: raise ValueError('train.rows goes on with the losses of a regression on a table: give both, or set it to 0')
+    losses = RowLosses(table.contexts()).to(device).requires_grad_(False)
+    def loss(context: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        found = losses(context, batch['puzzle_identifiers'] - 1)
+        return weight * (c.squared * found['error'] + c.softmax * found['softmax'])
+    return loss
 
 
 def resume_regression(place: Path, encoder: DemoEncoder, losses: nn.Module, adam: AdamATan2, record: Record) -> int:  # updates done

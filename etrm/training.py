@@ -93,6 +93,7 @@ class TrainConfig(BaseModel):
     search_lr: float = Field(.05, gt=0, allow_inf_nan=False, description='of that search; `etrm search` and its like take it too where they are given none')
     search_rule: Literal['adam', 'normalised'] = Field('adam', description='how that search steps, and `etrm search` and its like where they are given none: by Adam, or by the gradient at RMS 1')
     contrast: float = Field(0., ge=0, allow_inf_nan=False, description='weight of the contrast between tasks: contexts of two halves of the demonstrations should find each other in the batch')
+    rows: float = Field(0., ge=0, allow_inf_nan=False, description="weight of the regression's losses, which go on beside the decoder's: an encoder is held near the rows of the tasks that the table knows")
     log_every: int = Field(20, ge=1)
     eval_every: int = Field(0, ge=0, description='0 evaluates only at the end')
     save_every: int = Field(0, ge=0, description='0 saves only at the end')
@@ -131,14 +132,17 @@ class Trainer:
         source: nn.Module,  # computes contexts from batches: a table or an encoder
         stream: Stream,  # of training batches
         config: TrainConfig,
+        also: Callable[[Tensor, dict[str, Tensor]], Tensor] | None = None,  # of the context and its batch: a loss beside the decoder's, a mean over them
     ):
+        self.also = also
         self.decoder, self.source, self.stream, self.config, self.updates = decoder, source, stream, config, 0
         decoder.requires_grad_(not config.freeze_decoder)
         trains = [p for m in (decoder, source) for p in m.parameters() if p.requires_grad]
         self.sparse = TableSGD(source, rule=config.optim.puzzle_emb_rule) if isinstance(source, PuzzleEmbedding) else None
         if not trains and self.sparse is None: raise ValueError('nothing trains: the decoder is frozen and the source has no parameters')
-        for key in ('search_steps', 'contrast'):
+        for key in ('search_steps', 'contrast', 'rows'):
             if getattr(config, key) and 'demo_inputs' not in source.reads: raise ValueError(f'{key} needs demonstrations, which a table does not read: set it to 0')
+        if config.rows and also is None: raise ValueError('rows needs the losses of a regression on the table: name them as `also`, or set it to 0')
         if config.contrast and world_size() > 1: raise ValueError('contrast compares the samples of one process: set it to 0, or train in one process')
         o = config.optim
         self.dense = AdamATan2(trains, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay) if trains else None
@@ -166,7 +170,8 @@ class Trainer:
             context = context_of(self.source, self.slots)
             self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context + self.way_searched(context), self.slots.get('extent'))
         loss, sums = trm_loss(logits, q_halt, self.slots['labels'])
-        total = loss.sum() / self.config.global_batch_size + getattr(self.source, 'extra_loss', 0.) / world_size() + contrast
+        beside = getattr(self.source, 'extra_loss', 0.) + (self.also(context, self.slots) if self.also else 0.)
+        total = loss.sum() / self.config.global_batch_size + beside / world_size() + contrast
         total.backward()
         sum_gradients(self.decoder, self.source)
         norms = clip_gradients(self.decoder, self.source, self.config.optim.grad_clip)
