@@ -85,8 +85,9 @@ class Record:
 
 
 def line_of(row: dict[str, float]) -> str:
-    "A row as a line. JSON knows no NaN: a value that could not be measured is null."
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}) + '\n'
+    "A row as a line, to six digits. JSON knows no NaN: a value that could not be measured is null."
+    short = lambda v: v if not isinstance(v, float) else float(f'{v:.6g}') if math.isfinite(v) else None
+    return json.dumps({k: short(v) for k, v in row.items()}) + '\n'
 
 
 def read_record(
