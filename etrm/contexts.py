@@ -132,7 +132,7 @@ def search(
     if rule not in SEARCH_RULES: raise ValueError(f'there is no search rule {rule!r}; choose from {", ".join(SEARCH_RULES)}')
     (B, K, S), supervision_steps = demo_inputs.shape, supervision_steps or min(2, decoder.config.halt_max_steps)
     context = start.detach().clone().requires_grad_()
-    adam, history = torch.optim.Adam([context], lr=lr), []
+    adam, history = torch.optim.Adam([context], lr=lr) if rule == 'adam' else None, []
     inputs, labels, weight = demo_inputs.reshape(B * K, S), demo_labels.reshape(B * K, S), demo_mask / demo_mask.sum(1, keepdim=True)
     if decoder.config.crop is not None: extent = (demo_extents(demo_inputs, demo_labels, demo_mask, decoder.config.canvas) if extent is None else extent).reshape(B * K, 2)
     trains, was_training = [p.requires_grad for p in decoder.parameters()], decoder.training
@@ -145,7 +145,7 @@ def search(
             total = total + (loss(logits, labels).view(B, K) * weight).sum(1)
         context.grad = None
         total.sum().backward()
-        if rule == 'adam': adam.step()
+        if adam: adam.step()
         else: context.data.sub_(at_rms_1(context.grad.flatten(1)).view_as(context), alpha=lr)
         history.append(total.detach() / supervision_steps)
     if watch: watch(steps, context.detach())
