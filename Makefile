@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=disabled MPLBACKEND=agg
 
 run: $(VENV)/.installed        ## environment; the frozen-decoder experiment; the report's encoder and the best one side by side
 	$(BIN)/etrm run
-	$(BIN)/etrm side-by-side "$$(ls -dt runs/cfg_test_frozen_decoder-* | head -1)" checkpoints/lab_structured_20000 --views 32 --out runs/side_by_side.png
+	$(BIN)/etrm side-by-side "$$(ls -dt runs/cfg_test_frozen_decoder-* | head -1)" checkpoints/lab_rows_held --views 32 --out runs/side_by_side.png
 
 test: $(VENV)/.installed-dev   ## environment, then: nothing differs after export, notebooks, pytest
 	$(BIN)/python tests/check_exported.py
