@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'RATE', 'RULE', 'DEVICE', 'RESUME', 'command',
            'interrupted', 'present', 'run', 'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'number_of',
-           'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'side_by_side', 'search_curves', 'score',
-           'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_checkpoint',
-           'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
+           'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'side_by_side', 'search_curves',
+           'search_chains', 'stages_of', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect',
+           'what_is', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario',
+           'bench']
 
 # %% ../nbs/api/20_cli.ipynb #b0e0e3c3
 import functools
@@ -21,7 +22,7 @@ import typer
 from pydantic import ValidationError
 
 from . import bench as benchmark
-from . import experiment, searching, studies, tables, task_sets
+from . import chains, experiment, searching, studies, tables, task_sets
 from .checks import CheckError, check_answers, config_differences
 from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_tensors, save_checkpoint
 from .configs import ExperimentConfig, load_config
@@ -263,6 +264,36 @@ def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     voted = lambda r: f"{sum(r['voted'])} of {len(r['voted'])}" if 'voted' in r else ''
     print(f'| set | start | steps | exact (95% interval) | cells | of {views} views, voted | seconds |\n|---|---|---|---|---|---|---|')
     for r in rows: print(f"| {r['set']} | {r['start']} | {r['steps']} | {r['solved']} of {r['n']} ({r['low']:.0%} to {r['high']:.0%}) | {r['accuracy']:.1%} | {voted(r)} | {r['seconds']} |")
+
+
+@command
+def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run, trained through the decoder.'), decoder: Path = DECODER,
+                  start: str = typer.Option('encoder', help='Where second contexts come from: encoder, or mean, the mean row, as a control.'), rows: int = typer.Option(None, min=1, help='Only the first N rows of the table are tried as first contexts.'),
+                  stages: str = typer.Option('64x5,16x20', help='Chains to keep, and gradient steps for each, stage by stage.'), lr: float = RATE, groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
+                  sets: str = typer.Option(None, help='Only these sets, separated by commas.'), compiled: bool = typer.Option(False, '--compile', help='Through torch.compile: a minute more at the start, and a C++ compiler on a CPU.'),
+                  out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
+    "Answer tasks by two contexts in a row, a row of the decoder's table and one from the encoder, searched along the gradient. Example: etrm search-chains checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets compositions --groups 4"
+    if start not in ('encoder', 'mean'): raise ValueError(f'--start is {start!r}: choose encoder or mean')
+    frozen, encoder, config = experiment.load_encoder(checkpoint)
+    table = load_checkpoint(decoder)[1]
+    if table is None: raise ValueError(f'{decoder} holds no table: its rows are the first contexts of a chain')
+    if (wide := tuple(table.contexts().shape[1:])) != (reads := (frozen.config.puzzle_emb_len, frozen.config.hidden_size)): raise ValueError(f'the rows of {decoder} are contexts of {wide}, the decoder of {checkpoint} reads {reads}: name the decoder that the encoder was trained through')
+    config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
+    chosen = chosen_sets(task_sets.make_task_sets(config)[1], sets)
+    if compiled: frozen.L_level.compile()
+    library = table.contexts()[:rows]
+    found = [r for name, tasks in chosen.items() for r in chains.chain_rows(frozen, encoder if start == 'encoder' else table.contexts().mean(0), library, tasks, config.num_demos, searching.search_rate(table) if lr is None else lr, stages_of(stages), set=name, start=start, rows=len(library))]
+    if out is not None: out.write_text(json.dumps(found))
+    if as_json: return print(json.dumps(found))
+    print('| set | second contexts | steps | solved (95% interval) |\n|---|---|---|---|')
+    for r in found: print(f"| {r['set']} | {r['start']} | {r['steps']} | {r['solved']} of {r['n']} ({r['low']:.0%} to {r['high']:.0%}) |")
+
+
+def stages_of(text: str) -> tuple[tuple[int, int], ...]:  # ((64, 5), (16, 20)) of '64x5,16x20'
+    "Chains to keep and gradient steps, stage by stage."
+    found = [stage.split('x') for stage in text.split(',')]
+    if not all(len(stage) == 2 and all(n.isdecimal() for n in stage) for stage in found): raise ValueError(f'--stages is {text!r}: write chains and steps of each stage as 64x5,16x20')
+    return tuple((int(n), int(steps)) for n, steps in found)
 
 
 @command
