@@ -6,7 +6,7 @@
 __all__ = ['decoded', 'laid_again', 'first_steps', 'Chains', 'judged', 'proposed', 'refined', 'search_chains',
            'answers_of_chains', 'chain_rows']
 
-# %% ../nbs/api/19_chains.ipynb #e7f4d1cb
+# %% ../nbs/api/19_chains.ipynb #218d4bbb
 import time
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from .tasks import Task
 from .training import to_tensors
 from .votes import Predictions, concatenate, vote
 
-# %% ../nbs/api/19_chains.ipynb #a511f595
+# %% ../nbs/api/19_chains.ipynb #e35c3c8f
 @torch.no_grad()
 def decoded(
     decoder: Decoder,
@@ -45,7 +45,7 @@ def decoded(
     decoder.train(was_training)
     return torch.cat(found)
 
-# %% ../nbs/api/19_chains.ipynb #69c37631
+# %% ../nbs/api/19_chains.ipynb #c19c31fe
 def laid_again(
     tokens: np.ndarray,  # (N, S)
     canvas: int,
@@ -61,18 +61,20 @@ def first_steps(
     decoder: Decoder,
     library: Tensor,  # (R, T, D) contexts to try
     grids: Tensor,  # (M, S) tokens: inputs of the demonstrations, queries
-) -> Tensor:  # (N, M, S) tokens, the grids themselves first, N at most R + 1
+) -> tuple[Tensor, Tensor]:  # (N, M, S) tokens, the grids themselves first, N at most R + 1; (N,) the row of the library, -1 for none
     "The distinct ways in which a first context changes these grids."
     (M, S), R = grids.shape, len(library)
     made = decoded(decoder, grids.repeat(R, 1), library.repeat_interleave(M, 0)).argmax(-1)
     every = np.concatenate([grids[None].numpy(), laid_again(made.numpy(), decoder.config.canvas).reshape(R, M, S)])
-    every = every[(every >= COLOUR_OFFSET).any(2).all(1)]  # each grid is one
-    return torch.from_numpy(every[np.sort(np.unique(every.reshape(len(every), -1), axis=0, return_index=True)[1])]).long()
+    grid_each = np.flatnonzero((every >= COLOUR_OFFSET).any(2).all(1))
+    first = grid_each[np.sort(np.unique(every[grid_each].reshape(len(grid_each), -1), axis=0, return_index=True)[1])]
+    return torch.from_numpy(every[first]).long(), torch.from_numpy(first - 1)
 
-# %% ../nbs/api/19_chains.ipynb #4c9e91d2
+# %% ../nbs/api/19_chains.ipynb #e0c933ca
 @dataclass(frozen=True, eq=False)
 class Chains:
     "Candidates for one task: what a first context made of its grids, and a second context."
+    first: Tensor  # (N,) int64, the row of the library, -1 for no first step
     between: Tensor  # (N, K+Q, S) tokens: of the K demonstrations' inputs, then of the Q queries
     contexts: Tensor  # (N, T, D), the second
     losses: Tensor  # (N,) mean loss of the demonstrations
@@ -80,7 +82,7 @@ class Chains:
 
     def __len__(self): return len(self.losses)
 
-    def __getitem__(self, at) -> 'Chains': return Chains(self.between[at], self.contexts[at], self.losses[at], self.right[at])
+    def __getitem__(self, at) -> 'Chains': return Chains(self.first[at], self.between[at], self.contexts[at], self.losses[at], self.right[at])
 
     def best(self, n: int) -> 'Chains':
         "The `n` of least loss, in order."
@@ -93,6 +95,7 @@ class Chains:
 
 def judged(
     decoder: Decoder,
+    first: Tensor,  # (N,) rows of the library
     between: Tensor,  # (N, K+Q, S) tokens
     contexts: Tensor,  # (N, T, D)
     outputs: Tensor,  # (K, S) tokens of the demonstrations' outputs
@@ -102,7 +105,7 @@ def judged(
     labels = torch.from_numpy(to_labels(outputs.numpy())).long().repeat(N, 1)
     logits = decoded(decoder, between[:, :K].flatten(0, 1), contexts.repeat_interleave(K, 0))
     right = ((logits.argmax(-1) == labels) | (labels < 0)).all(-1)
-    return Chains(between, contexts, stablemax_cross_entropy(logits, labels).view(N, K).mean(1), right.view(N, K).sum(1))
+    return Chains(first, between, contexts, stablemax_cross_entropy(logits, labels).view(N, K).mean(1), right.view(N, K).sum(1))
 
 
 @torch.no_grad()
@@ -118,7 +121,7 @@ def proposed(
     every = lambda some: torch.ones(some.shape[:2], dtype=torch.bool)
     return torch.cat([source(some, outputs.expand(len(some), -1, -1), every(some)) for some in between.split(batch_size)])
 
-# %% ../nbs/api/19_chains.ipynb #5429c512
+# %% ../nbs/api/19_chains.ipynb #2876a1a4
 def refined(
     decoder: Decoder,
     chains: Chains,
@@ -134,7 +137,7 @@ def refined(
         demos = labels.expand(len(some), -1, -1), torch.ones(len(some), K, dtype=torch.bool)
         return search(decoder, some.between[:, :K], *demos, some.contexts, stablemax_cross_entropy, steps, lr, rule=rule)[0]
     contexts = torch.cat([found(chains[at:at + batch_size]) for at in range(0, len(chains), batch_size)])
-    return judged(decoder, chains.between, contexts, outputs)
+    return judged(decoder, chains.first, chains.between, contexts, outputs)
 
 
 def search_chains(
@@ -149,13 +152,13 @@ def search_chains(
     rule: str = 'normalised',  # as in `search`
 ) -> tuple[Chains, Chains]:  # all as proposed; those kept, after the last stage
     "Chains of a library's context and a proposed one that answer the demonstrations."
-    between = first_steps(decoder, library, torch.cat([inputs, queries]))
-    all_of_them = judged(decoder, between, proposed(source, between[:, :len(inputs)], outputs), outputs)
+    between, first = first_steps(decoder, library, torch.cat([inputs, queries]))
+    all_of_them = judged(decoder, first, between, proposed(source, between[:, :len(inputs)], outputs), outputs)
     kept = all_of_them
     for n, steps in stages: kept = refined(decoder, kept.best(n), outputs, steps, lr, rule)
     return all_of_them, kept
 
-# %% ../nbs/api/19_chains.ipynb #ca9f4e9b
+# %% ../nbs/api/19_chains.ipynb #22bde5f5
 def answers_of_chains(
     decoder: Decoder,
     chains: Chains,
