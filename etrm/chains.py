@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .contexts import search
@@ -186,7 +186,7 @@ def chain_rows(
     "How many tasks chains solve."
     data = puzzle_data(tasks, decoder.config.canvas)
     batch = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos)))
-    found, right, seconds = ([], []), ([], []), [0., 0.]
+    found, right, seconds = ([], []), ([], []), 0.
     for p, task in enumerate(tqdm(tasks, desc='chains')):
         at = (batch['puzzle'] == p).nonzero()[:, 0]
         shown, queries, began = batch['demo_mask'][at[0]], batch['inputs'][at].long(), time.monotonic()
@@ -194,11 +194,11 @@ def chain_rows(
         for i, chains in enumerate(search_chains(decoder, source, library, inputs, outputs, queries, lr, stages, rule)):
             best = chains.most_right()
             found[i].append(answers_of_chains(decoder, best, queries, task.name)); right[i].append(int(best.right[0]))
-        seconds[1] += time.monotonic() - began
+        seconds += time.monotonic() - began
     rows = []
     for i, steps in enumerate((0, sum(n for _, n in stages))):
         scores = pass_at_k(vote(concatenate(found[i]), tasks), tasks, (1, 2))
         exact = [int(hit) for of_task in scores.first for hit in of_task]
         low, high = clopper_pearson(sum(exact), len(exact))
-        rows.append(about | dict(steps=steps, solved=sum(exact), n=len(exact), low=low, high=high, exact=exact, solved_2=scores[2].inputs_solved, demonstrations=right[i]) | (dict(seconds=round(seconds[i], 1)) if i else {}))
+        rows.append(about | dict(steps=steps, solved=sum(exact), n=len(exact), low=low, high=high, exact=exact, solved_2=scores[2].inputs_solved, demonstrations=right[i]) | (dict(seconds=round(seconds, 1)) if i else {}))
     return rows

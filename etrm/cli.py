@@ -274,6 +274,7 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
                   out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Answer tasks by two contexts in a row, a row of the decoder's table and one from the encoder, searched along the gradient. Example: etrm search-chains checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets compositions --groups 4"
     if start not in ('encoder', 'mean'): raise ValueError(f'--start is {start!r}: choose encoder or mean')
+    planned = stages_of(stages)  # before anything is read
     frozen, encoder, config = experiment.load_encoder(checkpoint)
     table = load_checkpoint(decoder)[1]
     if table is None: raise ValueError(f'{decoder} holds no table: its rows are the first contexts of a chain')
@@ -282,7 +283,7 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     chosen = chosen_sets(task_sets.make_task_sets(config)[1], sets)
     if compiled: frozen.L_level.compile()
     library = table.contexts()[:rows]
-    found = [r for name, tasks in chosen.items() for r in chains.chain_rows(frozen, encoder if start == 'encoder' else table.contexts().mean(0), library, tasks, config.num_demos, searching.search_rate(table) if lr is None else lr, stages_of(stages), set=name, start=start, rows=len(library))]
+    found = [r for name, tasks in chosen.items() for r in chains.chain_rows(frozen, encoder if start == 'encoder' else table.contexts().mean(0), library, tasks, config.num_demos, searching.search_rate(table) if lr is None else lr, planned, set=name, start=start, rows=len(library))]
     if out is not None: out.write_text(json.dumps(found))
     if as_json: return print(json.dumps(found))
     print('| set | second contexts | steps | solved (95% interval) |\n|---|---|---|---|')
