@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'RATE', 'RULE', 'DEVICE', 'RESUME', 'command',
            'interrupted', 'present', 'run', 'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'number_of',
-           'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'side_by_side', 'search_curves',
-           'search_chains', 'stages_of', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect',
-           'what_is', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario',
-           'bench']
+           'sets_with_validation', 'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'side_by_side',
+           'search_curves', 'search_chains', 'stages_of', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of',
+           'inspect', 'what_is', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts',
+           'scenario', 'bench']
 
 # %% ../nbs/api/20_cli.ipynb #b0e0e3c3
 import functools
@@ -170,6 +170,14 @@ def number_of(text: str, option: str) -> int:
     raise ValueError(f"{option} has {text!r}: give whole numbers{' or all' if 'groups' in option else ''}")
 
 
+def sets_with_validation(config: ExperimentConfig, names: str | None) -> dict[str, list]:
+    "The evaluation sets of a configuration, and the tasks on which settings are chosen, where they are named."
+    found, asked = task_sets.make_task_sets(config)[1], (names or '').split(',')
+    if 'validation' in asked: found['validation'] = task_sets.validation_tasks(config)
+    if 'validation compositions' in asked: found['validation compositions'] = task_sets.validation_tasks(config, compositions=1)
+    return found
+
+
 def chosen_sets(found: dict[str, list], names: str | None) -> dict[str, list]:
     "The sets of these names, or all of them."
     for name in (asked := names.split(',') if names else list(found)):
@@ -249,15 +257,13 @@ def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of 
 @command
 def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, help='Gradient steps.'), lr: float = RATE, rule: str = RULE,
                   starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas; shuffled, the context of another task, is one more.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
-                  sets: str = typer.Option(None, help='Only these sets, separated by commas; validation, on which settings are chosen, is one more.'),
+                  sets: str = typer.Option(None, help='Only these sets, separated by commas; validation and validation compositions, on which settings are chosen, are two more.'),
                   views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and they vote: all of them, and those that answer most demonstrations.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
     frozen, encoder, config = experiment.load_encoder(checkpoint)
     table = load_checkpoint(decoder)[1] if {'mean', 'noise'} & set(starts.split(',')) else None
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
-    asked = task_sets.make_task_sets(config)[1]
-    if sets and 'validation' in sets.split(','): asked['validation'] = task_sets.validation_tasks(config)
-    chosen = chosen_sets(asked, sets)
+    chosen = chosen_sets(sets_with_validation(config, sets), sets)
     rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, config.train.search_lr if lr is None else lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1, rule or config.train.search_rule)
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
@@ -270,7 +276,7 @@ def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
 def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run, trained through the decoder.'), decoder: Path = DECODER,
                   start: str = typer.Option('encoder', help='Where second contexts come from: encoder, or mean, the mean row, as a control.'), rows: int = typer.Option(None, min=1, help='Only the first N rows of the table are tried as first contexts.'),
                   stages: str = typer.Option('64x5,16x20', help='Chains to keep, and gradient steps for each, stage by stage.'), lr: float = RATE, groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
-                  sets: str = typer.Option(None, help='Only these sets, separated by commas.'), compiled: bool = typer.Option(False, '--compile', help='Through torch.compile: a minute more at the start, and a C++ compiler on a CPU.'),
+                  sets: str = typer.Option(None, help='Only these sets, separated by commas; validation and validation compositions, on which settings are chosen, are two more.'), compiled: bool = typer.Option(False, '--compile', help='Through torch.compile: a minute more at the start, and a C++ compiler on a CPU.'),
                   out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Answer tasks by two contexts in a row, a row of the decoder's table and one from the encoder, searched along the gradient. Example: etrm search-chains checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets compositions --groups 4"
     if start not in ('encoder', 'mean'): raise ValueError(f'--start is {start!r}: choose encoder or mean')
@@ -280,7 +286,7 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     if table is None: raise ValueError(f'{decoder} holds no table: its rows are the first contexts of a chain')
     if (wide := tuple(table.contexts().shape[1:])) != (reads := (frozen.config.puzzle_emb_len, frozen.config.hidden_size)): raise ValueError(f'the rows of {decoder} are contexts of {wide}, the decoder of {checkpoint} reads {reads}: name the decoder that the encoder was trained through')
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
-    chosen = chosen_sets(task_sets.make_task_sets(config)[1], sets)
+    chosen = chosen_sets(sets_with_validation(config, sets), sets)
     if compiled: frozen.L_level.compile()
     library = table.contexts()[:rows]
     found = [r for name, tasks in chosen.items() for r in chains.chain_rows(frozen, encoder if start == 'encoder' else table.contexts().mean(0), library, tasks, config.num_demos, searching.search_rate(table) if lr is None else lr, planned, set=name, start=start, rows=len(library))]

@@ -46,12 +46,15 @@ def pattern_sets(config: ExperimentConfig) -> tuple[list[Task], dict[str, list[T
     return tasks('train', c.max_train_groups, c.pairs_per_task - 1), {'training tasks': tasks('fresh', min(n, c.max_train_groups), K), 'instances': tasks('instances', n, K)}
 
 
-def validation_tasks(config: ExperimentConfig) -> list[Task]:
+def validation_tasks(
+    config: ExperimentConfig,
+    compositions: float | None = None,  # their share of procedural tasks, as among the training tasks if not given
+) -> list[Task]:
     "Procedural tasks of the rule split `validation`: settings are chosen on these, so that the held-out sets are not tuned on."
     c, canvas = config.tasks, config.decoder.canvas
     if c.source == 'pattern': return pattern_tasks('validation', c.max_eval_groups or 400, config.num_demos, 1, c.seed, canvas, c.pattern_side)
     if c.source != 'families': raise ValueError(f'{c.source} has no validation rules: they are of procedural tasks')
-    return make_tasks(sample_rules('validation', c.max_eval_groups or 400, c.seed, canvas, c.compositions), 'validation', config.num_demos, 1, c.seed, canvas)
+    return make_tasks(sample_rules('validation', c.max_eval_groups or 400, c.seed, canvas, c.compositions if compositions is None else compositions), 'validation', config.num_demos, 1, c.seed, canvas)
 
 
 def arc_sets(config: ExperimentConfig) -> tuple[list[Task], dict[str, list[Task]]]:
