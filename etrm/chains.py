@@ -4,24 +4,30 @@
 
 # %% auto #0
 __all__ = ['decoded', 'laid_again', 'first_steps', 'Chains', 'judged', 'proposed', 'refined', 'search_chains',
-           'answers_of_chains', 'chain_rows']
+           'answers_of_chains', 'pairs_of_each', 'chain_rows', 'load_chains', 'chain_tasks']
 
 # %% ../nbs/api/19_chains.ipynb #218d4bbb
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .contexts import search
+from .checkpoints import CheckpointError, load_checkpoint
+from .configs import ExperimentConfig
+from .contexts import PuzzleEmbedding, search
 from .data import eval_batches, puzzle_data, to_labels
 from .decoder import Decoder
 from .encoders import DemoEncoder
-from .evaluation import clopper_pearson, pass_at_k
+from .evaluation import clopper_pearson, pass_at_k, submission
+from .experiment import load_encoder
 from .grids import COLOUR_OFFSET, EOS, PAD, token_sizes
 from .losses import stablemax_cross_entropy
+from .searching import search_rate
 from .tasks import Task
 from .training import to_tensors
 from .votes import Predictions, concatenate, vote
@@ -172,6 +178,20 @@ def answers_of_chains(
                        -chains.losses.repeat_interleave(Q).numpy().astype(np.float32), decoder.config.canvas)
 
 
+def pairs_of_each(
+    decoder: Decoder,
+    tasks: list[Task],
+    num_demos: int,  # K; a task may have fewer
+) -> Iterator[tuple[Task, Tensor, Tensor, Tensor]]:  # a task; inputs and outputs of its demonstrations (K, S), queries (Q, S)
+    "The tokens of each task, with a progress bar."
+    data = puzzle_data(tasks, decoder.config.canvas, unsolved=True)
+    batch = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos)))
+    for p, task in enumerate(tqdm(tasks, desc='chains')):
+        at = (batch['puzzle'] == p).nonzero()[:, 0]
+        inputs, outputs = (batch[k][at[0]][batch['demo_mask'][at[0]]].long() for k in ('demo_inputs', 'demo_labels'))
+        yield task, inputs, outputs, batch['inputs'][at].long()
+
+
 def chain_rows(
     decoder: Decoder,
     source: DemoEncoder | Tensor,  # of the second contexts
@@ -184,13 +204,9 @@ def chain_rows(
     **about,  # what to write into the rows
 ) -> list[dict]:  # without gradient steps, and with them: bits of the tasks solved by the first answer, demonstrations answered, seconds
     "How many tasks chains solve."
-    data = puzzle_data(tasks, decoder.config.canvas)
-    batch = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos)))
     found, right, seconds = ([], []), ([], []), 0.
-    for p, task in enumerate(tqdm(tasks, desc='chains')):
-        at = (batch['puzzle'] == p).nonzero()[:, 0]
-        shown, queries, began = batch['demo_mask'][at[0]], batch['inputs'][at].long(), time.monotonic()
-        inputs, outputs = (batch[k][at[0]][shown].long() for k in ('demo_inputs', 'demo_labels'))
+    for task, inputs, outputs, queries in pairs_of_each(decoder, tasks, num_demos):
+        began = time.monotonic()
         for i, chains in enumerate(search_chains(decoder, source, library, inputs, outputs, queries, lr, stages, rule)):
             best = chains.most_right()
             found[i].append(answers_of_chains(decoder, best, queries, task.name)); right[i].append(int(best.right[0]))
@@ -202,3 +218,38 @@ def chain_rows(
         low, high = clopper_pearson(sum(exact), len(exact))
         rows.append(about | dict(steps=steps, solved=sum(exact), n=len(exact), low=low, high=high, exact=exact, solved_2=scores[2].inputs_solved, demonstrations=right[i]) | (dict(seconds=round(seconds, 1)) if i else {}))
     return rows
+
+# %% ../nbs/api/19_chains.ipynb #984b6cdb
+def load_chains(
+    checkpoint: str | Path,  # of an encoder run
+    library: str | Path,  # of the decoder that the encoder was trained through, with its table
+) -> tuple[Decoder, DemoEncoder, PuzzleEmbedding, ExperimentConfig]:
+    "Decoder, encoder and the table whose rows are first contexts."
+    decoder, encoder, config = load_encoder(checkpoint)
+    table = load_checkpoint(library)[1]
+    if table is None: raise CheckpointError(f'{library} holds no table: its rows are the first contexts of a chain')
+    if (wide := tuple(table.contexts().shape[1:])) != (reads := (decoder.config.puzzle_emb_len, decoder.config.hidden_size)): raise CheckpointError(f'the rows of {library} are contexts of {wide}, the decoder of {checkpoint} reads {reads}: name the decoder that the encoder was trained through')
+    return decoder, encoder, table, config
+
+
+def chain_tasks(
+    checkpoint: str | Path,  # of an encoder run
+    library: str | Path,  # of its decoder, with a table
+    tasks: list[Task],
+    lr: float | None = None,  # None: the table's `search_rate`
+    stages: tuple[tuple[int, int], ...] = ((64, 5), (16, 20)),
+    rule: str = 'normalised',  # as in `search`
+    rows: int | None = None,  # None: all rows of the table are tried, else the first ones
+) -> dict:  # 'summary', a row a task, with the least loss of a chain as proposed and as searched; 'submission' in ARC Prize's form
+    "Search two contexts in a row for each task on its demonstrations, and answer its queries."
+    decoder, encoder, table, _ = load_chains(checkpoint, library)
+    if lr is None: lr = search_rate(table)
+    found, summary = [], []
+    for task, inputs, outputs, queries in pairs_of_each(decoder, tasks, max(len(t.train) for t in tasks)):
+        before, after = search_chains(decoder, encoder, table.contexts()[:rows], inputs, outputs, queries, lr, stages, rule)
+        best = after.most_right()
+        found.append(answers_of_chains(decoder, best, queries, task.name))
+        known = all(p.output is not None for p in task.test)
+        summary.append(dict(task=task.name, loss_before=round(before.losses.min().item(), 4), loss_after=round(after.losses.min().item(), 4), demonstrations=len(inputs), answered=int(best.right[0]),
+                            solved=pass_at_k(vote(found[-1], [task]), [task]).first[0] if known else None))
+    return dict(summary=summary, submission=submission(vote(concatenate(found), tasks)))

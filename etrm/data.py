@@ -65,12 +65,14 @@ def puzzle_data(
     canvas: int,  # side of the square that every grid must fit
     num_aug: int = 0,  # augmented puzzles beside each task's own
     seed: int = 0,  # of the augmentations
+    unsolved: bool = False,  # may a test pair have no output? It is PAD then: nothing to measure, or to train on
 ) -> PuzzleData:
     "The tasks and their augmentations, drawn from `seed`; duplicates of a task's augmentations are dropped."
     if not tasks: raise ValueError('no tasks to make puzzles of')
     for t in tasks:
         if not fits(t, canvas): raise ValueError(f'task {t.name} has a grid larger than the canvas of {canvas}: choose a larger canvas or leave the task out')
-    tokens = lambda grids: np.stack([grid_to_tokens(g, canvas) for g in grids])
+        if not unsolved and any(p.output is None for p in t.pairs): raise ValueError(f'task {t.name} has a test pair without its output, so there is nothing to measure an answer by: leave the task out, or only ask for answers (etrm search)')
+    tokens = lambda grids: np.stack([np.full(canvas**2, PAD, np.uint8) if g is None else grid_to_tokens(g, canvas) for g in grids])
     pairs = [p for t in tasks for p in t.pairs]
     inputs, outputs = tokens([p.input for p in pairs]), tokens([p.output for p in pairs])
     counts = np.array([len(t.pairs) for t in tasks])

@@ -84,7 +84,7 @@ def search_tasks(
     if not with_encoder and table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
     if lr is None: lr = config.train.search_lr if with_encoder else search_rate(table)
     if rule is None: rule = config.train.search_rule if with_encoder else 'adam'
-    data, most = puzzle_data(tasks, decoder.config.canvas, num_aug), max(len(t.train) for t in tasks)
+    data, most = puzzle_data(tasks, decoder.config.canvas, num_aug, unsolved=True), max(len(t.train) for t in tasks)
     demos, puzzle = demonstrations(data, most)
     puzzles, first, view = np.unique(puzzle, return_index=True, return_inverse=True)  # demonstrations are the same for every query of a view
     demos = tuple(d[first] for d in demos)
