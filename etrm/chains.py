@@ -21,7 +21,7 @@ from .checkpoints import CheckpointError, load_checkpoint
 from .configs import ExperimentConfig
 from .contexts import PuzzleEmbedding, search
 from .data import eval_batches, puzzle_data, to_labels
-from .decoder import Decoder
+from .decoder import Decoder, last_step
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
 from .experiment import load_encoder
@@ -33,7 +33,6 @@ from .training import to_tensors
 from .votes import Predictions, concatenate, vote
 
 # %% ../nbs/api/19_chains.ipynb #e35c3c8f
-@torch.no_grad()
 def decoded(
     decoder: Decoder,
     inputs: Tensor,  # (N, S) tokens
@@ -42,14 +41,7 @@ def decoded(
 ) -> Tensor:  # (N, S, V) logits of the last supervision step
     "What the decoder makes of each input under its own context."
     if decoder.config.crop is not None: raise ValueError(f'decoder.crop is {decoder.config.crop}: a chain does not know how large the grids between its steps are; use a decoder without crop')
-    found, was_training = [], decoder.training
-    decoder.eval()
-    for x, context in zip(inputs.split(batch_size), contexts.split(batch_size)):
-        carry = decoder.initial_carry(len(x))
-        for _ in range(decoder.config.halt_max_steps): carry, logits, _ = decoder(carry, x, context)
-        found.append(logits)
-    decoder.train(was_training)
-    return torch.cat(found)
+    return last_step(decoder, inputs, contexts, batch_size=batch_size)[0]
 
 # %% ../nbs/api/19_chains.ipynb #c19c31fe
 def laid_again(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .contexts import shuffled
-from .decoder import Decoder, DecoderConfig
+from .decoder import Decoder, DecoderConfig, last_step
 from .grids import COLOUR_OFFSET
 from .losses import trm_loss
 from .training import clip_gradients, context_of, context_statistics
@@ -55,13 +55,8 @@ def check_answers(
 
 
 def last_logits(decoder: Decoder, inputs: Tensor, contexts: Tensor) -> Tensor:  # (B, S, V)
-    "The logits after all of the decoder's supervision steps, in evaluation mode."
-    training, carry = decoder.training, decoder.initial_carry(len(inputs))
-    decoder.eval()
-    extent = torch.full((len(inputs), 2), decoder.config.canvas, device=inputs.device)  # the whole canvas
-    for _ in range(decoder.config.halt_max_steps): carry, logits, _ = decoder(carry, inputs, contexts, extent)
-    decoder.train(training)
-    return logits
+    "The logits after all of the decoder's supervision steps, on the whole canvas."
+    return last_step(decoder, inputs, contexts, torch.full((len(inputs), 2), decoder.config.canvas, device=inputs.device))[0]
 
 # %% ../nbs/api/14_checks.ipynb #05283d81
 def check_gradients(

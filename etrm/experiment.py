@@ -29,7 +29,7 @@ from .checkpoints import CheckpointError, build, compare_decoders, finish_interr
 from .configs import ExperimentConfig, explain
 from .contexts import CONTROLS, PuzzleEmbedding
 from .data import PuzzleData, Stream, eval_batches, puzzle_data
-from .decoder import Decoder
+from .decoder import Decoder, last_step
 from .diagnosis import Verdict, scenario
 from .distributed import GlobalDraws, from_first, is_first, merged, mine, share, sum_gradients, sum_over_ranks, world_size
 from .encoders import DemoEncoder
@@ -173,13 +173,11 @@ def decode(
     batch_size: int = 256,
 ) -> Iterator[tuple[dict[str, np.ndarray], Tensor, Tensor]]:  # a batch, its last step's logits (B, S, V) and q_halt (B,)
     "Run all supervision steps on every query of this process's batches."
-    decoder.eval()
     if len(contexts) != (queries := sum(int(data.is_test[a:b].sum()) for a, b in zip(data.start, data.stop))): raise ValueError(f'{len(contexts)} contexts for {queries} queries')
     for i, batch in mine(eval_batches(data, batch_size, extents=decoder.config.crop is not None)):
         x = torch.from_numpy(batch['inputs'].astype(np.int64)).to(decoder.H_init.device)
-        context, carry = contexts[i * batch_size:i * batch_size + len(x)].to(x.device), decoder.initial_carry(len(x))
         extent = torch.from_numpy(batch['extent']).to(x.device) if 'extent' in batch else None
-        for _ in range(decoder.config.halt_max_steps): carry, logits, (halt, _) = decoder(carry, x, context, extent)
+        logits, halt = last_step(decoder, x, contexts[i * batch_size:i * batch_size + len(x)].to(x.device), extent, batch_size)
         yield batch, logits.cpu(), halt.cpu()
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import trange
 from .checkpoints import CheckpointError, load_checkpoint, read_tensors
 from .contexts import PuzzleEmbedding, demo_extents, search, shuffled
 from .data import PuzzleData, eval_batches, puzzle_data, to_labels
-from .decoder import Decoder
+from .decoder import Decoder, last_step
 from .evaluation import clopper_pearson, pass_at_k, submission
 from .experiment import answer, contexts_of, load_encoder, measured_row, measures
 from .grids import Augmentation
@@ -37,16 +37,14 @@ def demonstrations_right(
     batch_size: int = 256,  # contexts asked at once
 ) -> np.ndarray:  # (Q,) int64, 0 to K
     "How many of its demonstrations each context answers right in all cells."
-    found, was_training = [], decoder.training
-    decoder.eval()
+    found = []
     for at in range(0, len(contexts), batch_size):
         (inputs, labels, mask), context = (d[at:at + batch_size] for d in demos), contexts[at:at + batch_size]
-        (B, K, S), x, carry = inputs.shape, inputs.flatten(0, 1), decoder.initial_carry(inputs.shape[0] * inputs.shape[1])
+        B, K, S = inputs.shape
         extent = demo_extents(inputs, labels, mask, decoder.config.canvas).flatten(0, 1) if decoder.config.crop is not None else None
-        for _ in range(decoder.config.halt_max_steps): carry, logits, _ = decoder(carry, x, context.repeat_interleave(K, 0), extent)
+        logits = last_step(decoder, inputs.flatten(0, 1), context.repeat_interleave(K, 0), extent, batch_size * K)[0]
         right = ((logits.argmax(-1).view(B, K, S) == labels) | (labels < 0)).all(-1)
         found.append((right & mask).sum(1))
-    decoder.train(was_training)
     return torch.cat(found).cpu().numpy()
 
 # %% ../nbs/api/18_searching.ipynb #86fa53c3
