@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .checkpoints import CheckpointError, load_checkpoint
 from .configs import ExperimentConfig
 from .contexts import PuzzleEmbedding, search
 from .data import eval_batches, puzzle_data, to_labels
 from .decoder import Decoder, last_step
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
-from .experiment import load_encoder
+from .experiment import load_encoder, table_for
 from .grids import COLOUR_OFFSET, EOS, PAD, token_sizes
 from .losses import stablemax_cross_entropy
 from .searching import search_rate
@@ -218,10 +217,7 @@ def load_chains(
 ) -> tuple[Decoder, DemoEncoder, PuzzleEmbedding, ExperimentConfig]:
     "Decoder, encoder and the table whose rows are first contexts."
     decoder, encoder, config = load_encoder(checkpoint)
-    table = load_checkpoint(library)[1]
-    if table is None: raise CheckpointError(f'{library} holds no table: its rows are the first contexts of a chain')
-    if (wide := tuple(table.contexts().shape[1:])) != (reads := (decoder.config.puzzle_emb_len, decoder.config.hidden_size)): raise CheckpointError(f'the rows of {library} are contexts of {wide}, the decoder of {checkpoint} reads {reads}: name the decoder that the encoder was trained through')
-    return decoder, encoder, table, config
+    return decoder, encoder, table_for(decoder, library), config
 
 
 def chain_tasks(

@@ -173,10 +173,10 @@ def number_of(text: str, option: str) -> int:
 
 def sets_with_validation(config: ExperimentConfig, names: str | None) -> dict[str, list]:
     "The evaluation sets of a configuration, and the tasks on which settings are chosen, where they are named."
-    found, asked = task_sets.make_task_sets(config)[1], (names or '').split(',')
-    if 'validation' in asked: found['validation'] = task_sets.validation_tasks(config)
-    if 'validation compositions' in asked: found['validation compositions'] = task_sets.validation_tasks(config, compositions=1)
-    return found
+    found, more = task_sets.make_task_sets(config)[1], {'validation': {}, 'validation compositions': dict(compositions=1)}
+    for name in (asked := names.split(',') if names else []):
+        if name not in found and name not in more: raise ValueError(f'there is no set {name!r}; there are {", ".join([*found, *more])}')
+    return found | {name: task_sets.validation_tasks(config, **how) for name, how in more.items() if name in asked}
 
 
 def chosen_sets(found: dict[str, list], names: str | None) -> dict[str, list]:
@@ -267,7 +267,7 @@ def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
                   views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and they vote: all of them, and those that answer most demonstrations.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
     frozen, encoder, config = experiment.load_encoder(checkpoint)
-    table = load_checkpoint(decoder)[1] if {'mean', 'noise'} & set(starts.split(',')) else None
+    table = experiment.table_for(frozen, decoder) if {'mean', 'noise'} & set(starts.split(',')) else None
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
     chosen = chosen_sets(sets_with_validation(config, sets), sets)
     rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, config.train.search_lr if lr is None else lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1, rule or config.train.search_rule)

@@ -119,7 +119,7 @@ def read_yaml(name: str | Path, above: tuple[str, ...] = ()) -> dict:
     file = Path(name) if str(name).endswith(('.yaml', '.yml')) else files('etrm').joinpath('configs', f'{name}.yaml')
     if not file.is_file():
         near = difflib.get_close_matches(str(name), config_names(), 1)
-        raise ValueError(f'there is no configuration {str(name)!r}' + (f'; did you mean {near[0]!r}?' if near else '') + f' There are: {", ".join(config_names())}')
+        raise ValueError(f'there is no configuration {str(name)!r}' + (f'; did you mean {near[0]!r}?' if near else '.') + f' There are: {", ".join(config_names())}')
     found = read_plain_yaml(file)
     if not isinstance(found, dict): raise ValueError(f'{name} is not a configuration: it needs keys and values')
     return merged(read_yaml(base, (*above, str(name))), found) if (base := found.pop('base', None)) else found

@@ -7,7 +7,8 @@ __all__ = ['new_table', 'pretrain', 'save_first', 'found_at', 'filled', 'differe
            'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'measured_row', 'copy_answers',
            'score', 'evaluate', 'format_results', 'opening_updates', 'train_encoder', 'new_encoder', 'regress_on_rows',
            'held_near_rows', 'resume_regression', 'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder',
-           'is_trained', 'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'compare_contexts']
+           'is_trained', 'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'table_for',
+           'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
@@ -514,6 +515,19 @@ def load_encoder(
     except ValidationError as error: raise CheckpointError(f'{path}: {explain(error, "of the checkpoint")}') from error
     encoder = build(lambda: DemoEncoder(encoder_config), tensors, path)
     return decoder, encoder.eval(), config
+
+
+def table_for(
+    decoder: Decoder,  # of an encoder run
+    checkpoint: str | Path,  # of the same decoder, with its table
+) -> PuzzleEmbedding:
+    "The table of this decoder; to the rows of another one it would answer nonsense, without complaint."
+    other, table, _ = load_checkpoint(checkpoint)
+    own, its = decoder.state_dict(), other.state_dict()
+    differ = [k for k, v in own.items() if k not in its or not torch.equal(v, its[k])]
+    if table is None: raise CheckpointError(f'{checkpoint} holds no table: name the decoder that the encoder was trained through')
+    if differ: raise CheckpointError(f'{checkpoint} holds another decoder, {len(differ)} of {len(own)} tensors differ, {differ[0]} first: name the decoder that the encoder was trained through, whose rows mean something to it')
+    return table
 
 # %% ../nbs/api/18_experiment.ipynb #42dc6660
 def compare_contexts(
