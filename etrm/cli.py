@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'AS_JSON', 'RATE', 'RULE', 'STAGES', 'DEVICE', 'RESUME', 'command',
-           'interrupted', 'present', 'run', 'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'number_of',
-           'sets_with_validation', 'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'side_by_side',
-           'search_curves', 'search_chains', 'stages_of', 'score', 'known_tasks', 'data', 'verify_decoder', 'sizes_of',
-           'inspect', 'what_is', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run', 'compare_contexts',
-           'scenario', 'bench']
+           'interrupted', 'present', 'resumed', 'tracking', 'room_for', 'run', 'pretrain', 'train', 'evaluate',
+           'evaluated', 'export', 'number_of', 'sets_with_validation', 'chosen_sets', 'oracle', 'study',
+           'searched_table', 'search', 'side_by_side', 'search_curves', 'search_chains', 'stages_of', 'score',
+           'known_tasks', 'data', 'verify_decoder', 'sizes_of', 'inspect', 'what_is', 'about_checkpoint',
+           'about_dataset', 'about_tasks', 'about_run', 'compare_contexts', 'scenario', 'bench']
 
 # %% ../nbs/api/20_cli.ipynb #b0e0e3c3
 import functools
 import json
+import math
 import shlex
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,7 +76,7 @@ DECODER = typer.Option('checkpoints/lab_decoder', '--decoder', help='Checkpoint 
 RUNS = typer.Option('runs', '--runs', help='Folder in which the run makes its own.')
 WANDB = typer.Option(True, help='Log to Weights & Biases as well; offline without an account, as WANDB_MODE says.')
 AS_JSON = typer.Option(False, '--json', help='Print the results as one line of JSON.')
-RATE = typer.Option(None, min=0, help="Rate of the search; without it an encoder's train.search_lr, or 0.14 of the standard deviation of a table's rows.")
+RATE = typer.Option(None, min=0, help="Rate of the search; without it an encoder's train.search_lr, or from a decoder's mean row, and of chains, 0.14 of the standard deviation of the table's rows.")
 RULE = typer.Option(None, help="How the search steps: adam, or normalised, along the gradient at RMS 1; without it an encoder's train.search_rule, or adam; of chains normalised.")
 STAGES = typer.Option('64x5,16x20', help='Of chains: how many to keep, and gradient steps for each, stage by stage.')
 DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
@@ -86,6 +88,27 @@ def present(device: str) -> str:
     if device not in ('cpu', 'cuda'): raise ValueError(f'--device is {device!r}: choose cpu or cuda')
     if device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: this machine has no GPU that torch can use; leave it out, or install torch with CUDA')
     return device
+
+
+def resumed(folder: Path | None) -> Path | None:
+    "The folder of --resume, seen to be one."
+    if folder is not None and not (folder / 'record.jsonl').exists(): raise ValueError(f'--resume {folder}: there is no record.jsonl, so it is not the folder of a run; leave --resume out to begin one')
+    return folder
+
+
+@contextmanager
+def tracking(folder: Path, config: ExperimentConfig, on: bool):
+    "A W&B run beside ours, or None; ended with it."
+    tracked = start_wandb(folder, folder.name, config.model_dump(mode='json')) if on and is_first() else None
+    try: yield tracked
+    finally:
+        if tracked is not None: tracked.finish()
+
+
+def room_for(out: Path | None) -> Path | None:
+    "Where results will be written: its folder is made before the work, not after."
+    if out is not None: out.parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 @command
@@ -100,12 +123,11 @@ def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YA
 @command
 def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, runs: Path = RUNS, wandb: bool = WANDB,
              resume: Path = RESUME, device: str = DEVICE, start: Path = typer.Option(None, help='Checkpoint whose decoder and table are trained further.'),
-             fresh_table: bool = typer.Option(False, '--fresh-table', help='Of --start take only the decoder: the tasks are others.'), until: int = typer.Option(None, help='Stop after this many updates in all.')):
+             fresh_table: bool = typer.Option(False, '--fresh-table', help='Of --start take only the decoder: the tasks are others.'), until: int = typer.Option(None, min=1, help='Stop after this many updates in all.')):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
-    c = load_config(config, tuple(overrides or ()))
-    folder = resume or from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
-    tracked = start_wandb(folder, folder.name, c.model_dump(mode='json')) if wandb and is_first() else None
-    experiment.pretrain(c, folder, tracked, start, until, present(device), fresh_table)
+    c, device = load_config(config, tuple(overrides or ())), present(device)
+    folder = resumed(resume) or from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
+    with tracking(folder, c, wandb) as tracked: experiment.pretrain(c, folder, tracked, start, until, device, fresh_table)
     if is_first(): print(folder / 'checkpoint')
 
 
@@ -113,12 +135,12 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
 def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
           resume: Path = RESUME, device: str = DEVICE):
     "Train an encoder through a decoder, without evaluating it. Example: etrm train cfg_test_frozen_decoder train.steps=100"
-    c = load_config(config, tuple(overrides or ()))
-    frozen, table, _ = load_checkpoint(decoder)
+    c, device = load_config(config, tuple(overrides or ())), present(device)
+    frozen, table, trained_as = load_checkpoint(decoder)
     c = c.model_copy(update=dict(decoder=frozen.config))
-    folder = resume or from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
-    tracked = start_wandb(folder, folder.name, c.model_dump(mode='json')) if wandb and is_first() else None
-    encoder = experiment.train_encoder(c, frozen, table, task_sets.make_task_sets(c)[0], Record(folder, tracked), folder, present(device))
+    experiment.check_rows(c, trained_as, decoder)
+    folder = resumed(resume) or from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
+    with tracking(folder, c, wandb) as tracked: encoder = experiment.train_encoder(c, frozen, table, task_sets.make_task_sets(c)[0], Record(folder, tracked), folder, device)
     experiment.save_first(folder / 'checkpoint', dict(decoder=frozen, encoder=encoder), c)
     if is_first(): print(folder / 'checkpoint')
 
@@ -192,6 +214,7 @@ def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or
     "Search each task a context, on its demonstrations and on its answer: can this decoder be steered to it at all? With num_demos=32 procedural tasks show their rule in 32 pairs. Example: etrm oracle cfg_test_frozen_decoder tasks.max_eval_groups=20 --steps 50"
     frozen, table, _ = load_checkpoint(decoder)
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
+    room_for(out)
     c = load_config(config, tuple(overrides or ())).model_copy(update=dict(decoder=frozen.config))
     marks = tuple(sorted({m for m in (0, 5, 20, 50, 100, 200, 400) if m < steps} | {steps}))
     rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks)
@@ -207,6 +230,7 @@ def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'),
           out: Path = typer.Option(None, help='Write the rows of all finished runs here, as JSON.'), as_json: bool = AS_JSON):
     "Run a study, one change at a time over several seeds; what is finished is not run again. Example: etrm study encoders --seeds 0 --variants report,strong"
     found = studies.load_study(name)
+    room_for(out)
     rows = studies.run_study(found, decoder, runs / f'study-{found.name}', variants and variants.split(','), seeds and [number_of(s, '--seeds') for s in seeds.split(',')], tuple(overrides or ()))
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
@@ -230,7 +254,7 @@ def searched_table(decoder: Path = typer.Argument(..., help='Checkpoint of a dec
 @command
 def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one JSON a task.'),
            decoder: Path = typer.Option(Path('checkpoints/lab_decoder'), help="Checkpoint of an encoder run: the search starts from the encoder's contexts; or of a decoder with its table: from the mean of its rows."),
-           steps: int = typer.Option(None, help='Gradient steps, 100 if not given; 0 answers from the start.'), lr: float = RATE, rule: str = RULE,
+           steps: int = typer.Option(None, min=0, help='Gradient steps, 100 if not given; 0 answers from the start.'), lr: float = RATE, rule: str = RULE,
            views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and those that answer most demonstrations vote.'),
            library: Path = typer.Option(None, '--chains', help='For rules in two steps: the decoder, with its table, that the encoder of --decoder was trained through. Each row is tried as a first context, and the search is of a second one.'), stages: str = STAGES,
            out: Path = typer.Option(None, help='Write submission.json here.'), as_json: bool = AS_JSON):
@@ -239,6 +263,7 @@ def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one
     if library is None and stages != STAGES.default: raise ValueError('--stages are of a search for chains: name the decoder with --chains, or give --steps')
     if library is not None and (steps is not None or views > 1): raise ValueError("--chains searches in one view, by the steps of --stages: leave out --steps and --views")
     asked = load_folder(tasks, require_solutions=False)
+    room_for(out)
     found = searching.search_tasks(decoder, asked, 100 if steps is None else steps, lr, views - 1, rule) if library is None else chains.chain_tasks(decoder, library, asked, lr, planned, rule or 'normalised')
     if out is not None: out.write_text(json.dumps(found['submission']))
     if as_json: return print(json.dumps(found['summary']))
@@ -251,26 +276,30 @@ def search(tasks: Path = typer.Argument(..., help='Folder of ARC task files, one
 
 @command
 def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of encoder runs, or their checkpoints.'), groups: int = typer.Option(32, min=2, max=400, help='Tasks of each set.'),
-                 steps: int = typer.Option(20, help='Gradient steps of search.'), views: int = typer.Option(1, min=1, help='More than 1: also what the best of that many views of a task vote, without search.'),
+                 steps: int = typer.Option(20, min=0, help='Gradient steps of search.'), views: int = typer.Option(1, min=1, help='More than 1: also what the best of that many views of a task vote, without search.'),
                  out: Path = typer.Option(None, help='Write the figure here, as a PNG.'), as_json: bool = AS_JSON):
     "Encoder runs on the same tasks, without search and with it: one table, one figure. Example: etrm side-by-side checkpoints/lab_run checkpoints/lab_structured_20000 --groups 8 --steps 5 --views 4"
-    marks = tuple(m for m in (0, 5, 20, 50, 100) if m <= steps)
-    found = searching.side_by_side({p.name: p / 'checkpoint' if (p / 'checkpoint').exists() else p for p in checkpoints}, groups, steps, marks, views)
+    marks = tuple(sorted({m for m in (0, 5, 20, 50, 100) if m < steps} | {steps}))
+    named = {p.parent.name if p.name == 'checkpoint' else p.name: p / 'checkpoint' if (p / 'checkpoint').exists() else p for p in (p.resolve() for p in checkpoints)}
+    if len(named) < len(checkpoints): raise ValueError(f'{len(checkpoints)} runs have {len(named)} names ({", ".join(named)}): they are shown by the names of their folders; rename one')
+    room_for(out)
+    found = searching.side_by_side(named, groups, steps, marks, views)
     if out is not None: plot_search(found).savefig(out, dpi=110)
     print(json.dumps(found) if as_json else searching.format_side_by_side(found))
 
 
 @command
-def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, help='Gradient steps.'), lr: float = RATE, rule: str = RULE,
+def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, min=0, help='Gradient steps.'), lr: float = RATE, rule: str = RULE,
                   starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas; shuffled, the context of another task, is one more.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
                   sets: str = typer.Option(None, help='Only these sets, separated by commas; validation and validation compositions, on which settings are chosen, are two more.'),
                   views: int = typer.Option(1, min=1, help='Views of each task, its own and augmented ones: each is searched by itself, and they vote: all of them, and those that answer most demonstrations.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
+    room_for(out)
     frozen, encoder, config = experiment.load_encoder(checkpoint)
     table = experiment.table_for(frozen, decoder) if {'mean', 'noise'} & set(starts.split(',')) else None
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
     chosen = chosen_sets(sets_with_validation(config, sets), sets)
-    rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, config.train.search_lr if lr is None else lr, tuple(m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m <= steps), tuple(starts.split(',')), views - 1, rule or config.train.search_rule)
+    rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, config.train.search_lr if lr is None else lr, tuple(sorted({m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m < steps} | {steps})), tuple(starts.split(',')), views - 1, rule or config.train.search_rule)
     if out is not None: out.write_text(json.dumps(rows))
     if as_json: return print(json.dumps(rows))
     voted = lambda r: f"{sum(r['voted'])} of {len(r['voted'])}" if 'voted' in r else ''
@@ -287,6 +316,7 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     "Answer tasks by two contexts in a row, a row of the decoder's table and one from the encoder, searched along the gradient. Example: etrm search-chains checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets compositions --groups 4"
     if start not in ('encoder', 'mean'): raise ValueError(f'--start is {start!r}: choose encoder or mean')
     planned = stages_of(stages)  # before anything is read
+    room_for(out)
     frozen, encoder, table, config = chains.load_chains(checkpoint, decoder)
     config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
     chosen = chosen_sets(sets_with_validation(config, sets), sets)
@@ -302,7 +332,7 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
 def stages_of(text: str) -> tuple[tuple[int, int], ...]:  # ((64, 5), (16, 20)) of '64x5,16x20'
     "Chains to keep and gradient steps, stage by stage."
     found = [stage.split('x') for stage in text.split(',')]
-    if not all(len(stage) == 2 and all(n.isdecimal() for n in stage) for stage in found): raise ValueError(f'--stages is {text!r}: write chains and steps of each stage as 64x5,16x20')
+    if not all(len(stage) == 2 and all(n.isdecimal() and int(n) for n in stage) for stage in found): raise ValueError(f'--stages is {text!r}: write chains and steps of each stage, both 1 or more, as 64x5,16x20')
     return tuple((int(n), int(steps)) for n, steps in found)
 
 
@@ -409,7 +439,8 @@ def about_run(path: Path) -> dict:
 @command
 def compare_contexts(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER):
     "Statistics of an encoder's contexts beside those of the table's rows. Example: etrm compare-contexts runs/cfg_test_frozen_decoder-001/checkpoint"
-    print(json.dumps(experiment.compare_contexts(checkpoint, decoder), indent=1))
+    found = experiment.compare_contexts(checkpoint, decoder)
+    print(json.dumps({source: {k: v if math.isfinite(v) else None for k, v in values.items()} for source, values in found.items()}, indent=1))
 
 
 @command

@@ -156,6 +156,8 @@ class Stream:
         if translate and extents: raise ValueError('a decoder with crop reads grids at the top left corner: set translate to false, or decoder.crop to null')
         if query not in ('any', 'test'): raise ValueError(f"query is 'any' or 'test', not {query!r}")
         self.data, self.batch_size, self.seed, self.num_demos, self.query, self.translate, self.extents = data, batch_size, seed, num_demos, query, translate, extents
+        if query == 'test' and (without := [name for name, a, b in zip(data.names, data.start, data.stop) if not data.is_test[a:b].any()]):
+            raise ValueError(f"query is 'test', and {len(without)} of {len(data.names)} puzzles have no test pair, {without[0]} first: take query 'any'")
         order = np.argsort(data.group, kind='stable')  # puzzles by group: a group is drawn first, then one of its puzzles
         self.members, self.first = order, np.searchsorted(data.group[order], np.unique(data.group))
         self.size = np.diff(np.append(self.first, len(order)))

@@ -7,8 +7,8 @@ __all__ = ['new_table', 'pretrain', 'save_first', 'found_at', 'filled', 'differe
            'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'measured_row', 'copy_answers',
            'score', 'evaluate', 'format_results', 'opening_updates', 'train_encoder', 'new_encoder', 'regress_on_rows',
            'held_near_rows', 'resume_regression', 'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder',
-           'is_trained', 'known_puzzles', 'verdict_of', 'write_results', 'load_encoder', 'table_for',
-           'compare_contexts']
+           'is_trained', 'known_puzzles', 'check_rows', 'check_ends', 'verdict_of', 'write_results', 'load_encoder',
+           'table_for', 'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
@@ -73,15 +73,15 @@ def pretrain(
         load_strictly(decoder, tensors['decoder'], str(start))
         if not fresh_table: load_strictly(table, tensors['table'], str(start))
     elif fresh_table: raise ValueError('fresh_table takes a decoder from a checkpoint: say which with start')
-    record, parts, checkpoint = Record(folder, wandb_run), dict(decoder=decoder, table=table), folder / 'checkpoint'
-    if read_back(checkpoint, parts, config, record): return decoder.eval(), table.eval()
-    if not checkpoint.exists(): record.rewind(0)  # killed before its first save
-    trainer = Trainer(decoder, table, Stream(data, config.pretrain.global_batch_size, config.pretrain.seed, translate=config.translate, extents=decoder.config.crop is not None), config.pretrain)
-    queries = own_views(sets['training tasks'], data, config.decoder.canvas)
-    def evaluate():
-        hits = exact_hits(decoder, table, queries, 0, config.evaluation.batch_size)
-        return {'eval/exact_accuracy': float(hits.mean())}
-    with alone_in(folder) if is_first() else nullcontext():
+    with alone_in(folder) if is_first() else nullcontext():  # before its record is opened
+        record, parts, checkpoint = Record(folder, wandb_run), dict(decoder=decoder, table=table), folder / 'checkpoint'
+        if read_back(checkpoint, parts, config, record): return decoder.eval(), table.eval()
+        if not checkpoint.exists(): record.rewind(0)  # killed before its first save
+        trainer = Trainer(decoder, table, Stream(data, config.pretrain.global_batch_size, config.pretrain.seed, translate=config.translate, extents=decoder.config.crop is not None), config.pretrain)
+        queries = own_views(sets['training tasks'], data, config.decoder.canvas)
+        def evaluate():
+            hits = exact_hits(decoder, table, queries, 0, config.evaluation.batch_size)
+            return {'eval/exact_accuracy': float(hits.mean())}
         save = resume_or_start(trainer, checkpoint, parts, config, record)
         trainer.run(record, evaluate, save, until)
         # stopped by `until`: the averaged weights can be used, the state goes on from the live ones
@@ -291,17 +291,17 @@ def train_encoder(
     stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate, decoder.config.crop is not None, config.demos,
                     opening_updates(train, data, config.curriculum * config.train.steps) if config.curriculum else None)
     parts, checkpoint = dict(decoder=decoder, encoder=encoder), Path(folder) / 'checkpoint' if folder else None
-    if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()
-    fresh = not (checkpoint and checkpoint.exists())
-    if fresh and folder and not config.regression: record.rewind(0)  # killed before its first save
-    if fresh and config.regression: regress_on_rows(encoder, table, data, config, record, folder)
-    trainer = Trainer(decoder, encoder, stream, config.train, held_near_rows(config, table, device) if config.train.rows else None)
-    measured = (sets or {}) | ({'validation': validation_tasks(config)} if config.evaluation.validation else {})
-    asked = {name: puzzle_data(tasks, decoder.config.canvas) for name, tasks in measured.items()}
-    def evaluate():
-        found = {name: measures(decoder, d, contexts_of(encoder, d, config.num_demos)[0]) for name, d in asked.items()}
-        return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
     with alone_in(folder) if folder and is_first() else nullcontext():
+        if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()
+        fresh = not (checkpoint and checkpoint.exists())
+        if fresh and folder and not config.regression: record.rewind(0)  # killed before its first save
+        if fresh and config.regression: regress_on_rows(encoder, table, data, config, record, folder)
+        trainer = Trainer(decoder, encoder, stream, config.train, held_near_rows(config, table, device) if config.train.rows else None)
+        measured = (sets or {}) | ({'validation': validation_tasks(config)} if config.evaluation.validation else {})
+        asked = {name: puzzle_data(tasks, decoder.config.canvas) for name, tasks in measured.items()}
+        def evaluate():
+            found = {name: measures(decoder, d, contexts_of(encoder, d, config.num_demos)[0]) for name, d in asked.items()}
+            return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
         save = resume_or_start(trainer, checkpoint, parts, config, record) if folder else None
         trainer.run(record, evaluate if asked else None, save, until)
         if save and trainer.updates < config.train.steps: save()
@@ -383,9 +383,9 @@ class RowLosses(nn.Module):
         rows: Tensor,  # (M, T, D)
     ):
         super().__init__()
-        self.used = rows.flatten(1).std(0) > 1e-6  # a row may be shorter than T * D
-        self.mean, self.std, self.variance = rows.flatten(1).mean(0)[self.used], rows.flatten(1).std(0)[self.used], rows.var()
-        self.rows, self.all = (rows.flatten(1)[:, self.used] - self.mean) / self.std, rows
+        flat, used = rows.flatten(1), rows.flatten(1).std(0) > 1e-6  # a row may be shorter than T * D
+        mean, std = flat.mean(0)[used], flat.std(0)[used]
+        for name, value in dict(used=used, mean=mean, std=std, variance=rows.var(), rows=(flat[:, used] - mean) / std, all=rows).items(): self.register_buffer(name, value, persistent=False)
         self.log_scale = nn.Parameter(torch.tensor(2.5))  # of the cosines in the softmax; learned
 
     def forward(self,
@@ -431,9 +431,10 @@ def run(
     decoder, table, trained_as = load_checkpoint(checkpoint)
     config = config.model_copy(update=dict(decoder=decoder.config))
     plain = config.model_dump(mode='json')
+    train, sets = make_task_sets(config)
+    check_rows(config, trained_as, checkpoint); check_ends(config, sets)
     folder = from_first(lambda: run_folder(runs, plain | dict(decoder_checkpoint=str(checkpoint)), resume))
     say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
-    train, sets = make_task_sets(config)
     say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))
     tracked = start_wandb(folder, folder.name, plain) if wandb_on and is_first() else None
     record = Record(folder, tracked)
@@ -486,6 +487,21 @@ def known_puzzles(trained_as: dict, train: list[Task], config: ExperimentConfig)
     return puzzle_data(train, config.decoder.canvas, config.tasks.num_aug, config.tasks.seed)
 
 
+def check_rows(config: ExperimentConfig, trained_as: dict, checkpoint: str | Path):
+    "An encoder is fitted only to the rows of its own tasks: how many pairs of each were drawn, and which are evaluated, changes no row."
+    if not ((config.regression or config.train.rows or config.encoder.get('output', 'rms') != 'rms') and 'tasks' in trained_as): return  # an official checkpoint does not say
+    theirs, ours = filled(trained_as)['tasks'], config.tasks.model_dump(mode='json')
+    differ = [f'{k} {theirs.get(k)!r} there, {v!r} here' for k, v in ours.items() if theirs.get(k) != v and k not in ('max_eval_groups', 'pairs_per_task')]
+    if differ: raise ValueError(f'the rows of {checkpoint} belong to other tasks than these (tasks: {"; ".join(differ)}): an encoder cannot be fitted to them; name the decoder of these tasks, or leave regression and train.rows out')
+
+
+def check_ends(config: ExperimentConfig, sets: dict[str, list[Task]]):
+    "What the end of a run needs is there before it begins."
+    if config.evaluation.decides not in sets: raise ValueError(f'evaluation.decides is {config.evaluation.decides!r}; there are {", ".join(sets)}')
+    if few := [name for name, tasks in sets.items() if len(tasks) < 2]: raise ValueError(f'{few[0]} has fewer than two tasks, and the control of exchanged contexts needs two: set tasks.max_eval_groups higher')
+    if (logged := -(-config.train.steps // config.train.log_every)) < 4: raise ValueError(f'train.steps {config.train.steps} and train.log_every {config.train.log_every} make {logged} rows of the record, and a verdict needs four: log more often or train longer')
+
+
 def verdict_of(config: ExperimentConfig, record: list[dict], rows: list[dict]) -> Verdict:
     "The scenario verdict of a run, on the set that the configuration lets decide."
     solved = {r['method']: np.array(list(r['tasks'].values())) for r in rows if r['set'] == config.evaluation.decides}
@@ -496,13 +512,13 @@ def verdict_of(config: ExperimentConfig, record: list[dict], rows: list[dict]) -
 def write_results(folder, config, contexts, sets, record, rows, votes, verdict):
     "Everything that a run leaves behind but its record and checkpoint."
     (folder / 'results.json').write_text(json.dumps(rows, indent=1))
-    (folder / 'verdict.json').write_text(json.dumps(verdict.as_dict(), indent=1))
     (folder / 'submission.json').write_text(json.dumps(submission(votes[config.evaluation.decides])))
     figures = {'curves': plot_curves({config.name: record}, ['train/lm_loss', 'train/exact_accuracy', 'grad/encoder_norm', 'encoder_token_std'], log=('grad/encoder_norm',)),
                'results': plot_results(rows), 'contexts': plot_contexts(contexts),
                'gallery': plot_gallery(gallery_rows(sets[config.evaluation.decides], votes[config.evaluation.decides]))}
     (folder / 'figures').mkdir(exist_ok=True)  # there is one where writing was interrupted
     for name, figure in figures.items(): figure.savefig(folder / 'figures' / f'{name}.png', dpi=110)
+    (folder / 'verdict.json').write_text(json.dumps(verdict.as_dict(), indent=1))  # last: it says that the run is finished
 
 # %% ../nbs/api/18_experiment.ipynb #ddb529f3
 def load_encoder(
@@ -536,7 +552,7 @@ def compare_contexts(
 ) -> dict[str, dict[str, float]]:  # statistics by source
     "Statistics of an encoder's contexts on each evaluation set, beside those of the table's rows."
     decoder, encoder, config = load_encoder(encoder_checkpoint)
-    table = load_checkpoint(decoder_checkpoint)[1]
+    table = table_for(decoder, decoder_checkpoint) if config.train.freeze_decoder else load_checkpoint(decoder_checkpoint)[1]  # one that is trained on is another decoder than its table's
     if table is None: raise CheckpointError(f'{decoder_checkpoint} holds no table to compare with')
     rows = table.contexts()
     found = {'table rows': context_statistics(rows, torch.arange(len(rows)))}

@@ -211,8 +211,8 @@ def format_side_by_side(found: dict[str, list[dict]]) -> str:  # a Markdown tabl
     lines = ['| encoder | search steps | ' + ' | '.join(sets) + ' |', '|---' * (2 + len(sets)) + '|']
     for name, rows in found.items():
         for steps in sorted({r['steps'] for r in rows}):
-            cells = [f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for on in sets for r in rows if (r['set'], r['steps']) == (on, steps)]
-            lines.append(f'| {name} | {steps} | ' + ' | '.join(cells) + ' |')
+            cells = {r['set']: f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for r in rows if r['steps'] == steps}
+            lines.append(f'| {name} | {steps} | ' + ' | '.join(cells.get(on, '') for on in sets) + ' |')
     return '\n'.join(lines)
 
 # %% ../nbs/api/18_searching.ipynb #2a27d01a

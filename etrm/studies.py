@@ -7,6 +7,7 @@ __all__ = ['FOLDER_NAME', 'Study', 'load_study', 'study_names', 'update_flops', 
            'last_values', 'measured', 'measured_searched', 'chosen', 'summarise', 'paired']
 
 # %% ../nbs/api/18_studies.ipynb #0cbd24ab
+import copy
 import json
 import os
 import time
@@ -79,10 +80,11 @@ def update_flops(
     config: ExperimentConfig,
     decoder: Decoder,
     table: PuzzleEmbedding | None,
-) -> int:  # floating-point operations of matrix multiplications and attention, forward and backward
+) -> int:  # floating-point operations of matrix multiplications, forward and backward; masked attention, as the encoder's, torch does not count on a CPU
     "What one update of encoder training costs."
     data = puzzle_data(make_task_sets(config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_train_groups=2, max_eval_groups=2, pairs_per_task=6)))))[0], decoder.config.canvas)
-    trainer = Trainer(decoder, new_encoder(config, decoder, table), Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None), config.train)
+    train = config.train.model_copy(update=dict(rows=0.))  # the rows' losses cost next to nothing
+    trainer = Trainer(copy.deepcopy(decoder), new_encoder(config, decoder, table), Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None), train)
     with FlopCounterMode(display=False) as counter: trainer.step()
     return counter.get_total_flops()
 

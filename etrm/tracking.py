@@ -72,7 +72,7 @@ class Record:
         try:
             with self.file.open('a') as f: f.write(line_of(row))
         except OSError as error: raise OSError(error.errno, f'{error.strerror}: the record of the run cannot be written; make room there, then resume the run', str(self.file)) from error
-        if self.wandb_run is not None: self.wandb_run.log(values, step=step)
+        if self.wandb_run is not None: self.wandb_run.log(values | {'regression/updates' if any(k.startswith('regression/') for k in values) else 'updates': step})  # each of the two counts from 0
 
     def rewind(self,
         n: int | None,  # rows to keep; None keeps all
@@ -141,17 +141,20 @@ def start_wandb(
     project: str = 'etrm',
 ):
     "A W&B run, or None where it cannot start: the run goes on with its local record."
-    try: return Tracker(wandb.init(project=project, name=name, config=config, dir=str(folder), mode=wandb_mode(), settings=wandb.Settings(silent=True, init_timeout=30)))
+    try: run = wandb.init(project=project, name=name, config=config, dir=str(folder), mode=wandb_mode(), settings=wandb.Settings(silent=True, init_timeout=30))
     except Exception as error:  # W&B's own errors have no common class: a missing server, a timeout, a dead service
         warnings.warn(f'W&B did not start ({error}); the run is recorded in {folder} only')
         return None
+    tracked = Tracker(run)
+    for names, counter in {'regression/*': 'regression/updates', 'train/*': 'updates', 'grad/*': 'updates', 'eval/*': 'updates', 'encoder_*': 'updates'}.items(): tracked.ask(lambda run: run.define_metric(names, step_metric=counter))
+    return tracked
 
 
 class Tracker:
     "A W&B run that may fail without ending ours: at its first error it says so, and stays silent from there on."
     def __init__(self, run): self.run = run
 
-    def log(self, values: dict, step: int | None = None): self.ask(lambda run: run.log(values, step=step))
+    def log(self, values: dict): self.ask(lambda run: run.log(values))
 
     def finish(self): self.ask(lambda run: run.finish())
 

@@ -74,6 +74,7 @@ def clip_gradients(
 ) -> dict[str, Tensor]:  # grad/encoder_norm, grad/inner_norm, grad/total_norm, before and, named _clipped, after
     "Clip the total norm and tell the norms before and after."
     norms = {'grad/encoder_norm': grad_norm(source.parameters()), 'grad/inner_norm': grad_norm(decoder.parameters())}
+    norms = {name: norm.to(next(decoder.parameters()).device) for name, norm in norms.items()}  # of a table, or of a frozen decoder, it is a plain 0
     norms['grad/total_norm'] = total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     factor = (max_norm / total.clamp(min=1e-12)).clamp(max=1.) if max_norm else torch.ones(())
     grads = [p.grad for m in (decoder, source) for p in m.parameters() if p.grad is not None]
@@ -218,7 +219,9 @@ class Trainer:
         until: int | None = None,  # stop after this many updates in all; None: the configured number
     ):
         "Train from wherever the state is."
-        with noting_interrupts() as asked: self.loop(asked, log, evaluate, save, until or self.config.steps)
+        until = self.config.steps if until is None else until
+        if not 0 <= until <= self.config.steps: raise ValueError(f'until is {until}: the schedule is of {self.config.steps} updates; set steps for more')
+        with noting_interrupts() as asked: self.loop(asked, log, evaluate, save, until)
 
     def loop(self, asked: Callable[[], bool], log, evaluate, save, until: int):
         c = self.config
