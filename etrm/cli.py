@@ -91,8 +91,8 @@ def present(device: str) -> str:
 
 
 def resumed(folder: Path | None) -> Path | None:
-    "The folder of --resume, seen to be one."
-    if folder is not None and not (folder / 'record.jsonl').exists(): raise ValueError(f'--resume {folder}: there is no record.jsonl, so it is not the folder of a run; leave --resume out to begin one')
+    "The folder of --resume, seen to be there; a run that was stopped before its first save left it empty."
+    if folder is not None and not folder.is_dir(): raise ValueError(f'--resume {folder}: there is no such folder; leave --resume out to begin a run')
     return folder
 
 

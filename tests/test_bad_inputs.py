@@ -254,6 +254,8 @@ def test_two_runs_of_one_name_at_once_get_their_own_folders(tmp_path):
 
 
 def test_resuming_a_folder_that_another_process_writes_to(tmp_path):
+    row = '{"step": 1, "train/lm_loss": 2.0}\n'
+    (tmp_path / 'record.jsonl').write_text(row)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -264,7 +266,7 @@ def test_resuming_a_folder_that_another_process_writes_to(tmp_path):
     os.read(reading, 1)
     try:
         found = cli.invoke(app, ['pretrain', 'lab', *TINY, '--resume', str(tmp_path), '--no-wandb'])
-        assert found.exit_code == 2 and f'another process is writing to {tmp_path}' in found.stderr and not (tmp_path / 'record.jsonl').exists()
+        assert found.exit_code == 2 and f'another process is writing to {tmp_path}' in found.stderr and (tmp_path / 'record.jsonl').read_text() == row
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
