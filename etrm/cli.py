@@ -105,10 +105,9 @@ def tracking(folder: Path, config: ExperimentConfig, on: bool):
         if tracked is not None: tracked.finish()
 
 
-def room_for(out: Path | None) -> Path | None:
-    "Where results will be written: its folder is made before the work, not after."
+def room_for(out: Path | None):
+    "Make the folder that results will be written to, before the work and not after."
     if out is not None: out.parent.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 @command

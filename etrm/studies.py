@@ -124,7 +124,9 @@ def same_settings(out: Path, settings: dict):
     "Rows of other settings are not taken for these."
     if not (out / 'settings.json').exists(): raise ValueError(f'{out} holds rows and no settings.json, so it is not known what they are of: choose another folder, or remove it')
     found = read_json(out / 'settings.json')
-    if other := [d.replace('in the checkpoint', 'there') for d in differences(found, settings)]: raise ValueError(f'{out} is of other settings ({"; ".join(other[:3])}): choose another folder (--runs), or remove it')
+    if found == settings: return
+    other = [d.replace('in the checkpoint', 'there') for d in differences(found, settings)] or ['how it is logged or evaluated']  # which `differences` leaves out
+    raise ValueError(f'{out} is of other settings ({"; ".join(other[:3])}): choose another folder (--runs), or remove it')
 
 
 def run_variant(study: Study, variant: str, seed: int, base: ExperimentConfig, checkpoint, out: Path, overrides: tuple[str, ...]):
