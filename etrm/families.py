@@ -42,10 +42,10 @@ class Family:
     def apply(self, grid: np.ndarray, params: dict) -> np.ndarray: # (h', w') uint8
         "What the rule makes of a grid of any size, which stays as it is."
         raise NotImplementedError(f'{type(self).__name__} has no apply')
-    def apply_all(self, grids: np.ndarray, params: dict) -> np.ndarray: # (h, w, N) -> (h', w', N)
-        "What the rule makes of each of N grids; a list of N grids where their sizes may differ."
-        if self.many: return self.apply(grids, params)
-        return [self.apply(grids[..., i], params) for i in range(grids.shape[-1])]
+    def apply_all(self, grids: np.ndarray, params: dict) -> list: # (h, w, N) -> of (places among the N, their outputs (h', w', n))
+        "What the rule makes of each of N grids, outputs of one size together."
+        if self.many: return [(np.arange(grids.shape[-1]), self.apply(grids, params))]
+        return [(np.array([i]), self.apply(grids[..., i], params)[..., None]) for i in range(grids.shape[-1])]
     def allowed(self, params: dict) -> bool:
         "Whether these values go together."
         return True
@@ -156,6 +156,16 @@ class Crop(Family):
         if not len(ys): return grid
         box = grid[ys.min():ys.max() + 1, xs.min():xs.max() + 1]
         return np.where(box == 0, np.uint8(params['fill']), box)
+    def apply_all(self, grids, params): # grids with one bounding box together
+        mask = grids == params['colour']
+        sides = [mask.any(1), mask.any(0)]              # (h, N) and (w, N): rows and columns that hold the colour
+        box = np.array([f for s in sides for f in (s.argmax(0), len(s) - s[::-1].argmax(0))])  # (4, N)
+        box[:, ~mask.any((0, 1))] = np.array([0, len(grids), 0, grids.shape[1]])[:, None]
+        boxes, of = np.unique(box, axis=1, return_inverse=True)
+        places = [np.flatnonzero(of.ravel() == i) for i in range(boxes.shape[1])]
+        cut = [grids[y:y_, x:x_, at] for (y, y_, x, x_), at in zip(boxes.T, places)]
+        painted = [np.where((part == 0) & mask[..., at].any((0, 1)), np.uint8(params['fill']), part) for part, at in zip(cut, places)]
+        return list(zip(places, painted))
 
 # %% ../nbs/api/02_families.ipynb #6536479a
 class Zoom(Family):
