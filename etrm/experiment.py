@@ -257,7 +257,8 @@ def format_results(
     sets, methods = list(dict.fromkeys(r['set'] for r in rows)), list(dict.fromkeys(r['method'] for r in rows))
     cell = {(r['set'], r['method']): f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for r in rows}
     lines = ['| context | ' + ' | '.join(sets) + ' |', '|---' * (1 + len(sets)) + '|']
-    return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods])
+    missing = [f"{r['method']}, {r['set']}: {n} of {r['pass_at_k']['ARC/n_inputs']} test inputs have no prediction and count as unsolved." for r in rows if (n := r['pass_at_k']['ARC/n_inputs_missing'])]
+    return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods] + ([''] + missing if missing else []))
 
 # %% ../nbs/api/18_experiment.ipynb #a3f16ea5
 def opening_updates(
