@@ -35,6 +35,7 @@ from .diagnosis import Verdict, scenario
 from .distributed import GlobalDraws, from_first, is_first, merged, mine, share, sum_gradients, sum_over_ranks, world_size
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
+from .files import markdown_table
 from .grids import PAD
 from .losses import trm_loss
 from .optim import AdamATan2, lr_scale
@@ -109,7 +110,7 @@ def found_at(checkpoint: Path, config: ExperimentConfig) -> bool:
 
 def filled(config: dict) -> dict:
     "A checkpoint's configuration with the defaults of keys that are younger than it."
-    try: return ExperimentConfig.model_validate(config).model_dump(mode='json')
+    try: return ExperimentConfig.saved(config).model_dump(mode='json')
     except ValidationError: return config  # what it has instead shows in the differences
 
 
@@ -295,9 +296,10 @@ def format_results(
     "The results as one table: a row a method, a column a set."
     sets, methods = list(dict.fromkeys(r['set'] for r in rows)), list(dict.fromkeys(r['method'] for r in rows))
     text = lambda r: f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" if r['n'] else 'none'
-    cell = {(r['set'], r['method']): text(rate(solved_among(r, among).values())) for r in rows}
-    lines = ['| context | ' + ' | '.join(sets) + ' |', '|---' * (1 + len(sets)) + '|']
-    return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods])
+    counted = lambda r: r if among == 'all views' else rate(solved_among(r, among).values())
+    cell = {(r['set'], r['method']): text(counted(r)) for r in rows}
+    missing = [f"{r['method']}, {r['set']}: {n} of {r['pass_at_k']['ARC/n_inputs']} test inputs have no prediction and count as unsolved." for r in rows if (n := r['pass_at_k']['ARC/n_inputs_missing'])]
+    return '\n'.join([markdown_table(['context', *sets], [[m, *(cell.get((s, m), '') for s in sets)] for m in methods]), *([''] if missing else []), *missing])
 
 # %% ../nbs/api/18_experiment.ipynb #a3f16ea5
 def opening_updates(
@@ -469,7 +471,7 @@ def run(
     "The frozen-decoder experiment, end to end."
     say = say if is_first() else (lambda line: None)
     decoder, table, trained_as = load_checkpoint(checkpoint)
-    config = config.model_copy(update=dict(decoder=decoder.config))
+    config = config.with_(decoder=decoder.config)
     plain = config.model_dump(mode='json')
     train, sets = make_task_sets(config)
     check_rows(config, trained_as, checkpoint); check_ends(config, sets)
@@ -572,7 +574,7 @@ def load_encoder(
     "Read a trained encoder with the decoder it was trained for."
     decoder, tensors = load_checkpoint(path)[0], read_tensors(path)['encoder']
     if not tensors: raise CheckpointError(f'{path} holds no encoder: name the checkpoint of an encoder run')
-    try: config = ExperimentConfig.model_validate(read_config(path)); encoder_config = config.encoder_config(config.decoder)
+    try: config = ExperimentConfig.saved(read_config(path)); encoder_config = config.encoder_config(config.decoder)
     except ValidationError as error: raise CheckpointError(f'{path}: {explain(error, "of the checkpoint")}') from error
     encoder = build(lambda: DemoEncoder(encoder_config), tensors, path)
     return decoder, encoder.eval(), config
