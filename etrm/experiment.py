@@ -40,9 +40,8 @@ from .grids import PAD
 from .losses import trm_loss
 from .optim import AdamATan2, lr_scale
 from .plots import plot_contexts, plot_curves, plot_gallery, plot_results
-from .rules import Rule
 from .novelty import bits_by_task, new_under_all, of_new_views
-from .task_sets import make_task_sets, training_rules, validation_tasks, which_are_new
+from .task_sets import make_task_sets, newness, validation_tasks
 from .tasks import Task
 from .tracking import Record, alone_in, new_run_folder, start_wandb
 from .training import Stopped, Trainer, context_of, context_statistics, random_state, set_random_state, to_tensors
@@ -268,24 +267,24 @@ def evaluate(
     table: PuzzleEmbedding | None,  # answers on the training tasks, which it has rows for
     sets: dict[str, list[Task]],
     known: PuzzleData | None = None,  # what the table was trained on; needed with a table
-    trained_on: list[Rule] | None = None,  # rules that the encoder or the decoder was trained on; None: those of the configuration
+    new: Callable | None = None,  # from `newness`; None: to what this configuration trains on
 ) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results; the encoder's votes by set
     "Score the encoder and everything it must beat, on every evaluation set."
     rows, votes, e = [], {}, config.evaluation
-    rules = trained_on or training_rules(config)
+    new = new or newness(config)
     for name, tasks in sets.items():
         data = puzzle_data(tasks, decoder.config.canvas, e.num_aug, config.tasks.seed)
-        new = which_are_new(name, data, config.tasks.source, rules)
+        views = new(name, data)
         contexts, groups = contexts_of(encoder, data, config.num_demos, e.batch_size)
-        row, votes[name] = score(name, 'encoder', answer(decoder, data, contexts, e.batch_size), tasks, new)
+        row, votes[name] = score(name, 'encoder', answer(decoder, data, contexts, e.batch_size), tasks, views)
         rows.append(row)
         for control, change in CONTROLS.items():
             torch.manual_seed(config.tasks.seed)
-            rows.append(score(name, control, answer(decoder, data, change(contexts, groups), e.batch_size), tasks, new)[0])
-        rows.append(score(name, 'copy', copy_answers(data), tasks, new)[0])
+            rows.append(score(name, control, answer(decoder, data, change(contexts, groups), e.batch_size), tasks, views)[0])
+        rows.append(score(name, 'copy', copy_answers(data), tasks, views)[0])
         if table is not None and name == 'training tasks':
             own = own_views(tasks, known, decoder.config.canvas)
-            rows.append(score(name, 'table', answer(decoder, own, contexts_of(table, own, 0)[0], e.batch_size), tasks, {view: new[view] for view in own.names})[0])
+            rows.append(score(name, 'table', answer(decoder, own, contexts_of(table, own, 0)[0], e.batch_size), tasks, {view: views[view] for view in own.names})[0])
     return rows, votes
 
 
