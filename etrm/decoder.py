@@ -20,12 +20,12 @@ from .layers import Block, linear, rotary_tables, truncated_normal_
 # %% ../nbs/api/05_decoder.ipynb #6669378b
 class DecoderConfig(BaseModel):
     "Sizes of the decoder; the defaults are the official ones for ARC-AGI."
-    model_config = ConfigDict(extra='forbid', frozen=True)
+    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
     canvas: int = Field(30, ge=1, description='side of the square canvas; seq_len S = canvas**2')
     vocab_size: int = Field(VOCAB_SIZE, ge=2)
     hidden_size: int = Field(512, ge=2, description='D, width of every token')
     num_heads: int = Field(8, ge=1)
-    expansion: float = Field(4, gt=0, allow_inf_nan=False, description='of the SwiGLU')
+    expansion: float = Field(4, gt=0, description='of the SwiGLU')
     L_layers: int = Field(2, ge=1, description='blocks in f')
     H_cycles: int = Field(3, ge=1)
     L_cycles: int = Field(4, ge=1)

@@ -19,7 +19,7 @@ from .layers import Block, linear, masked_attention, rms_norm, rotary_tables, tr
 # %% ../nbs/api/07_encoders.ipynb #9d3f9555
 class EncoderConfig(BaseModel):
     "Settings of a demonstration encoder; the defaults are the report's."
-    model_config = ConfigDict(extra='forbid', frozen=True)
+    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
     canvas: int = Field(30, ge=1, description='side of the square canvas')
     vocab_size: int = Field(VOCAB_SIZE, ge=2)
     hidden_size: int = Field(512, ge=2, description="D, the decoder's width")

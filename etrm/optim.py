@@ -18,7 +18,7 @@ from .contexts import PuzzleEmbedding, at_rms_1
 # %% ../nbs/api/09_optim.ipynb #5e223246
 class OptimConfig(BaseModel):
     "Settings of the optimisers and of their schedule, by their official names."
-    model_config = ConfigDict(extra='forbid', frozen=True)
+    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
     lr: float = Field(1e-4, ge=0)
     lr_warmup_steps: int = Field(2000, ge=0)
     lr_min_ratio: float = Field(1., ge=0, le=1, description='of lr, reached at the last step')
