@@ -203,7 +203,7 @@ def measure_crop(
     share = lambda batch: float(np.minimum(-(-batch['extent'] // crop) * crop, config.canvas).prod(1).mean()) / config.seq_len
     usual = share(many.batch(0))
     batch = min((stream.batch(i) for i in range(64)), key=lambda b: abs(share(b) - usual))
-    found = rates({'whole canvas': step_on(config, batch), 'cropped': step_on(config.model_copy(update=dict(crop=crop)), batch)}, seconds)
+    found = rates({'whole canvas': step_on(config, batch), 'cropped': step_on(config.with_(crop=crop), batch)}, seconds)
     return {'share of the canvas, all tasks': usual, 'share of the canvas, these samples': share(batch)} | {f'{k}, samples/s': batch_size * r for k, r in found.items()} | {'times as fast': found['cropped'] / found['whole canvas']}
 
 

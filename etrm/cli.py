@@ -136,7 +136,7 @@ def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or 
     "Train an encoder through a decoder, without evaluating it. Example: etrm train cfg_test_frozen_decoder train.steps=100"
     c, device = load_config(config, tuple(overrides or ())), present(device)
     frozen, table, trained_as = load_checkpoint(decoder)
-    c = c.model_copy(update=dict(decoder=frozen.config))
+    c = c.with_(decoder=frozen.config)
     experiment.check_rows(c, trained_as, decoder)
     folder = resumed(resume) or from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
     with tracking(folder, c, wandb) as tracked: encoder = experiment.train_encoder(c, frozen, table, task_sets.make_task_sets(c)[0], Record(folder, tracked), folder, device)
@@ -172,7 +172,7 @@ def evaluated(
 ) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results; votes by set, the one that decides first
     "Results on the tasks that a configuration names."
     if config is None: raise ValueError(f'{checkpoint} does not say which puzzles its table has rows for: give --data with the dataset it was trained on, or --config-name')
-    if max_eval_groups is not None: config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=max_eval_groups))))
+    if max_eval_groups is not None: config = config.with_(tasks=dict(max_eval_groups=max_eval_groups))
     decoder, source, _ = load_checkpoint(checkpoint, config.decoder.canvas) if kind == 'trm' else experiment.load_encoder(checkpoint)
     if kind == 'trm': rows, votes = tables.evaluate_table(config, decoder.to(device), source)  # the table stays where it is: in its file
     else: rows, votes = experiment.evaluate(config, decoder.to(device), source.to(device), None, task_sets.make_task_sets(config)[1])
@@ -214,7 +214,7 @@ def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or
     frozen, table, _ = load_checkpoint(decoder)
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
     room_for(out)
-    c = load_config(config, tuple(overrides or ())).model_copy(update=dict(decoder=frozen.config))
+    c = load_config(config, tuple(overrides or ())).with_(decoder=frozen.config)
     marks = tuple(sorted({m for m in (0, 5, 20, 50, 100, 200, 400) if m < steps} | {steps}))
     rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks)
     if out is not None: out.write_text(json.dumps(rows))
@@ -296,7 +296,7 @@ def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     room_for(out)
     frozen, encoder, config = experiment.load_encoder(checkpoint)
     table = experiment.table_for(frozen, decoder) if {'mean', 'noise'} & set(starts.split(',')) else None
-    config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
+    config = config.with_(tasks=dict(max_eval_groups=groups))
     chosen = chosen_sets(sets_with_validation(config, sets), sets)
     rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, config.train.search_lr if lr is None else lr, tuple(sorted({m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m < steps} | {steps})), tuple(starts.split(',')), views - 1, rule or config.train.search_rule)
     if out is not None: out.write_text(json.dumps(rows))
@@ -317,7 +317,7 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     planned = stages_of(stages)  # before anything is read
     room_for(out)
     frozen, encoder, table, config = chains.load_chains(checkpoint, decoder)
-    config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
+    config = config.with_(tasks=dict(max_eval_groups=groups))
     chosen = chosen_sets(sets_with_validation(config, sets), sets)
     if compiled: frozen.L_level.compile()
     library = table.contexts()[:rows]
@@ -446,7 +446,7 @@ def compare_contexts(checkpoint: Path = typer.Argument(..., help='Checkpoint of 
 def scenario(folder: Path = typer.Argument(..., help='Folder of a finished run.'), as_json: bool = AS_JSON):
     "The scenario verdict of a finished run, from its record and results. Example: etrm scenario runs/cfg_test_frozen_decoder-001"
     settings = {k: v for k, v in read_config(folder).items() if k != 'decoder_checkpoint'}
-    verdict = experiment.verdict_of(experiment.ExperimentConfig.model_validate(settings), read_record(folder), read_json(folder / 'results.json'))
+    verdict = experiment.verdict_of(ExperimentConfig.saved(settings), read_record(folder), read_json(folder / 'results.json'))
     print(json.dumps(verdict.as_dict()) if as_json else verdict)
 
 

@@ -11,16 +11,16 @@ from typing import Iterator, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .grids import VOCAB_SIZE
 from .layers import Block, linear, rotary_tables, truncated_normal_
+from .settings import Settings
 
 # %% ../nbs/api/05_decoder.ipynb #6669378b
-class DecoderConfig(BaseModel):
+class DecoderConfig(Settings):
     "Sizes of the decoder; the defaults are the official ones for ARC-AGI."
-    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
     canvas: int = Field(30, ge=1, description='side of the square canvas; seq_len S = canvas**2')
     vocab_size: int = Field(VOCAB_SIZE, ge=2)
     hidden_size: int = Field(512, ge=2, description='D, width of every token')

@@ -10,16 +10,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from .grids import PAD, VOCAB_SIZE
 from .layers import Block, linear, masked_attention, rms_norm, rotary_tables, truncated_normal_
+from .settings import Settings
 
 # %% ../nbs/api/07_encoders.ipynb #9d3f9555
-class EncoderConfig(BaseModel):
+class EncoderConfig(Settings):
     "Settings of a demonstration encoder; the defaults are the report's."
-    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
     canvas: int = Field(30, ge=1, description='side of the square canvas')
     vocab_size: int = Field(VOCAB_SIZE, ge=2)
     hidden_size: int = Field(512, ge=2, description="D, the decoder's width")

@@ -112,7 +112,7 @@ def found_at(checkpoint: Path, config: ExperimentConfig) -> bool:
 
 def filled(config: dict) -> dict:
     "A checkpoint's configuration with the defaults of keys that are younger than it."
-    try: return ExperimentConfig.model_validate(config).model_dump(mode='json')
+    try: return ExperimentConfig.saved(config).model_dump(mode='json')
     except ValidationError: return config  # what it has instead shows in the differences
 
 
@@ -446,7 +446,7 @@ def run(
     "The frozen-decoder experiment, end to end."
     say = say if is_first() else (lambda line: None)
     decoder, table, trained_as = load_checkpoint(checkpoint)
-    config = config.model_copy(update=dict(decoder=decoder.config))
+    config = config.with_(decoder=decoder.config)
     plain = config.model_dump(mode='json')
     train, sets = make_task_sets(config)
     check_rows(config, trained_as, checkpoint); check_ends(config, sets)
@@ -544,7 +544,7 @@ def load_encoder(
     "Read a trained encoder with the decoder it was trained for."
     decoder, tensors = load_checkpoint(path)[0], read_tensors(path)['encoder']
     if not tensors: raise CheckpointError(f'{path} holds no encoder: name the checkpoint of an encoder run')
-    try: config = ExperimentConfig.model_validate(read_config(path)); encoder_config = config.encoder_config(config.decoder)
+    try: config = ExperimentConfig.saved(read_config(path)); encoder_config = config.encoder_config(config.decoder)
     except ValidationError as error: raise CheckpointError(f'{path}: {explain(error, "of the checkpoint")}') from error
     encoder = build(lambda: DemoEncoder(encoder_config), tensors, path)
     return decoder, encoder.eval(), config

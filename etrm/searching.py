@@ -196,7 +196,7 @@ def side_by_side(
     found = {}
     for name, checkpoint in checkpoints.items():
         decoder, encoder, config = load_encoder(checkpoint)
-        config = config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_eval_groups=groups))))
+        config = config.with_(tasks=dict(max_eval_groups=groups))
         sets = make_task_sets(config)[1]
         found[name] = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, marks, ('encoder',), rule=config.train.search_rule)
         if views == 1: continue

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Iterator
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import load_checkpoint, read_plain_yaml, sha256, weights_file
@@ -29,6 +29,7 @@ from .contexts import PuzzleEmbedding
 from .evaluation import clopper_pearson
 from .experiment import contexts_of, differences, known_puzzles, measured_row, measures, new_encoder, train_encoder
 from .searching import search_curves
+from .settings import Settings
 from .task_sets import make_task_sets
 from .tasks import read_json
 from .tracking import Record, read_record
@@ -37,9 +38,8 @@ from .training import Trainer
 # %% ../nbs/api/18_studies.ipynb #75e8ae54
 FOLDER_NAME = r'^[A-Za-z0-9_+-][A-Za-z0-9_.+ -]*$'  # of studies and variants: each has a folder
 
-class Study(BaseModel):
+class Study(Settings):
     "A base configuration and the variants to compare with it."
-    model_config = ConfigDict(extra='forbid', frozen=True)
     name: str = Field(pattern=FOLDER_NAME, description='also of its folder')
     base: str = Field(description='name or file of the base configuration')
     seeds: list[int] = Field(min_length=1)
@@ -83,8 +83,8 @@ def update_flops(
     table: PuzzleEmbedding | None,
 ) -> int:  # floating-point operations of matrix multiplications, forward and backward; masked attention, as the encoder's, torch does not count on a CPU
     "What one update of encoder training costs."
-    data = puzzle_data(make_task_sets(config.model_copy(update=dict(tasks=config.tasks.model_copy(update=dict(max_train_groups=2, max_eval_groups=2, pairs_per_task=6)))))[0], decoder.config.canvas)
-    train = config.train.model_copy(update=dict(rows=0.))  # the rows' losses cost next to nothing
+    data = puzzle_data(make_task_sets(config.with_(tasks=dict(max_train_groups=2, max_eval_groups=2, pairs_per_task=6)))[0], decoder.config.canvas)
+    train = config.train.with_(rows=0.)  # the rows' losses cost next to nothing
     trainer = Trainer(copy.deepcopy(decoder), new_encoder(config, decoder, table), Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None), train)
     with FlopCounterMode(display=False) as counter: trainer.step()
     return counter.get_total_flops()
@@ -94,7 +94,7 @@ def with_equal_compute(config: ExperimentConfig, base: ExperimentConfig, decoder
     "The configuration with as many updates as the base's operations pay for."
     budget = base.train.steps * update_flops(base, decoder, table)
     steps = max(1, round(budget / update_flops(config, decoder, table)))
-    return config.model_copy(update=dict(train=config.train.model_copy(update=dict(steps=steps))))
+    return config.with_(train=dict(steps=steps))
 
 # %% ../nbs/api/18_studies.ipynb #909351d0
 def run_study(
@@ -133,7 +133,7 @@ def run_variant(study: Study, variant: str, seed: int, base: ExperimentConfig, c
     "One run of a study; its rows are written last."
     decoder, table, trained_as = load_checkpoint(checkpoint)
     config = load_config(study.base, (*study.variants[variant], *overrides, f'train.seed={seed}'))
-    fit = lambda c: c.model_copy(update=dict(decoder=decoder.config))
+    fit = lambda c: c.with_(decoder=decoder.config)
     config, base = fit(config), fit(base)
     cost = update_flops(config, decoder, table)
     if study.equal_compute: config = with_equal_compute(config, base, decoder, table)

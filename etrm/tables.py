@@ -49,7 +49,7 @@ def configuration_for(
     saved = read_config(checkpoint)
     if name is None and 'arch' in saved: return None
     if name is None:
-        try: return ExperimentConfig.model_validate(saved)
+        try: return ExperimentConfig.saved(saved)
         except ValidationError as error: raise CheckpointError(f'{checkpoint}: {explain(error, "of the checkpoint")}') from error
     config = load_config(name)
     try: sizes = decoder_config(saved, config.decoder.canvas)
@@ -57,7 +57,7 @@ def configuration_for(
     computes = lambda decoder: decoder.model_dump(mode='json', exclude={'halt_exploration_prob'})  # which counts in training only
     different = differences(computes(sizes), computes(config.decoder), 'decoder')
     if saved.get('encoder'):
-        own = ExperimentConfig.model_validate(saved)
+        own = ExperimentConfig.saved(saved)
         if not different: different = differences(*(c.encoder_config(c.decoder).model_dump(mode='json') for c in (own, config)), 'encoder')
         different += differences(own.num_demos, config.num_demos, 'num_demos')
     if different: raise CheckpointError(f'{checkpoint} is not of configuration {name}: {"; ".join(different)}. Leave out --config-name, or name the one it was trained with')

@@ -20,7 +20,7 @@ from typing import Callable, Iterator, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -32,6 +32,7 @@ from .distributed import GlobalDraws, broadcast, gather, gather_touched, is_firs
 from .grids import IGNORE_LABEL, PAD
 from .losses import contrastive_loss, stablemax_cross_entropy, trm_loss
 from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
+from .settings import Settings
 
 # %% ../nbs/api/11_training.ipynb #4d8ff741
 def to_tensors(
@@ -88,9 +89,8 @@ def clip_gradients(
     return norms | {f'{name}_clipped': norm * factor for name, norm in norms.items()}
 
 # %% ../nbs/api/11_training.ipynb #55fe45c1
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     "Settings of a run of the loop."
-    model_config = ConfigDict(extra='forbid', frozen=True, allow_inf_nan=False)
     steps: int = Field(1000, ge=1, description='updates, each one supervision step of a batch')
     global_batch_size: int = Field(128, ge=1)
     seed: int = 0

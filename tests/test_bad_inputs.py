@@ -530,7 +530,7 @@ OVERRIDE = st.builds(lambda k, v: f'{k}={v}', st.sampled_from(['name', 'train.st
 def test_fuzzed_overrides(overrides):
     try: config = load_config('cfg_test_frozen_decoder', tuple(overrides))
     except ValueError as error: assert type(error) is ValueError and str(error)
-    else: assert load_config('cfg_test_frozen_decoder', ()).model_copy(update=dict(config)).model_dump_json()
+    else: assert load_config('cfg_test_frozen_decoder', ()).with_(**dict(config)).model_dump_json()
 
 
 @FUZZ

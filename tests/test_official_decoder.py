@@ -36,7 +36,7 @@ def expectation(): return torch.load(FIXTURE/'expected.pt', weights_only=True)
 
 def with_cycles(decoder, cycles):
     "The same weights under another L_cycles, which runs without complaint."
-    other = Decoder(decoder.config.model_copy(update=dict(L_cycles=cycles)))
+    other = Decoder(decoder.config.with_(L_cycles=cycles))
     other.load_state_dict(decoder.state_dict())
     return other.eval()
 

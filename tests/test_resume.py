@@ -144,7 +144,7 @@ def test_a_finished_run_is_read_back_and_another_configuration_is_refused(straig
     folder = shutil.copytree(table, tmp_path / 'again')
     decoder, rows = pretrain(TABLE, folder)
     assert torch.equal(rows.weights, expected[train_table][0]['table']['weights']) and (folder / 'record.jsonl').read_text() == expected[train_table][1]
-    longer = TABLE.model_copy(update=dict(pretrain=TABLE.pretrain.model_copy(update=dict(steps=13))))
+    longer = TABLE.with_(pretrain=dict(steps=13))
     with pytest.raises(checkpoints.CheckpointError, match='pretrain.steps is 12 in the checkpoint, 13 now'): pretrain(longer, folder)
 
 
