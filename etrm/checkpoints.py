@@ -6,10 +6,10 @@
 __all__ = ['MAX_CONFIG_BYTES', 'MAX_TOKENS', 'ONLY', 'OFFICIAL_KEYS', 'CheckpointError', 'strip_prefix', 'load_strictly',
            'check_shapes', 'pieces', 'all_finite', 'PlainLoader', 'plain_yaml', 'read_plain_yaml', 'sha256',
            'write_sums', 'is_noted', 'check_sum', 'load_checkpoint', 'is_unfinished', 'fitting_sizes', 'build',
-           'weights_file', 'official_files', 'read_tensors', 'official_names', 'official_part', 'read_safetensors',
-           'read_pickle', 'read_torch', 'read_config', 'config_file', 'decoder_config', 'check_sizes', 'check_rows',
-           'table_from', 'row_names', 'save_checkpoint', 'write_files', 'finish_interrupted_save',
-           'load_training_state', 'compare_decoders', 'describe', 'format_of']
+           'weights_file', 'official_files', 'holds_weights', 'read_tensors', 'official_names', 'official_part',
+           'read_safetensors', 'read_pickle', 'read_torch', 'read_config', 'config_file', 'decoder_config',
+           'check_sizes', 'check_rows', 'table_from', 'row_names', 'save_checkpoint', 'write_files',
+           'finish_interrupted_save', 'load_training_state', 'compare_decoders', 'describe', 'format_of']
 
 # %% ../nbs/api/10_checkpoints.ipynb #a0d43e3d
 import hashlib
@@ -203,6 +203,11 @@ def weights_file(path: str | Path) -> Path:
 def official_files(folder: Path) -> list[Path]:
     "The checkpoints of the official program in a folder."
     return sorted(p for p in folder.iterdir() if re.fullmatch(r'step_\d+', p.name) and p.is_file())
+
+
+def holds_weights(folder: Path) -> bool:
+    "Whether a folder is a checkpoint, whatever else lies in it."
+    return folder.is_dir() and ((folder / 'model.safetensors').exists() or bool(official_files(folder)))
 
 
 def read_tensors(path: str | Path) -> dict[str, dict[str, Tensor]]:  # 'decoder', 'table' and 'encoder': tensors by name, float32; a table as it is in the file

@@ -23,7 +23,7 @@ from .configs import ExperimentConfig
 from .contexts import CONTROLS, PuzzleEmbedding
 from .data import PuzzleData, puzzle_data
 from .decoder import Decoder
-from .experiment import answer, contexts_of, own_views
+from .experiment import answer, check_names, contexts_of, own_views
 from .grids import draw_grid, tokens_to_grid
 from .tasks import Task
 from .votes import Candidate, vote
@@ -198,6 +198,7 @@ class Explorer:
     ):
         w = import_widgets()
         if table is not None and known is None: raise ValueError('a table needs the puzzles that its rows belong to: pass known')
+        if table is not None: check_names(table.names, known, 'the table')
         self.config, self.decoder, self.encoder, self.sets, self.table, self.known = config, decoder, encoder, sets, table, known
         self.of_set, self.of_task = {}, {}
         wide = w.Layout(width='32em')
