@@ -8,7 +8,7 @@ __all__ = ['MAX_CONFIG_BYTES', 'MAX_TOKENS', 'ONLY', 'OFFICIAL_KEYS', 'Checkpoin
            'write_sums', 'is_noted', 'check_sum', 'load_checkpoint', 'is_unfinished', 'fitting_sizes', 'build',
            'weights_file', 'official_files', 'holds_weights', 'read_tensors', 'official_names', 'official_part',
            'read_safetensors', 'read_pickle', 'read_torch', 'read_config', 'config_file', 'decoder_config',
-           'check_sizes', 'check_rows', 'table_from', 'row_names', 'save_checkpoint', 'write_files',
+           'check_sizes', 'check_rows', 'table_from', 'row_names', 'save_checkpoint', 'remove', 'write_files',
            'finish_interrupted_save', 'load_training_state', 'compare_decoders', 'describe', 'format_of']
 
 # %% ../nbs/api/10_checkpoints.ipynb #a0d43e3d
@@ -267,8 +267,8 @@ def read_torch(
 
 # %% ../nbs/api/10_checkpoints.ipynb #a1084b6a
 def read_config(path: str | Path) -> dict:
-    "The configuration beside a checkpoint: `config.yaml` in our folder, `all_config.yaml` in an official one."
-    file = config_file(Path(path))
+    "What the configuration beside a checkpoint says."
+    file = config_file(path)
     if not file.exists(): raise CheckpointError(f'{file} is missing: sizes like L_cycles are not in the weights and must not be guessed')
     check_sum(file)
     found = read_plain_yaml(file, CheckpointError)
@@ -276,8 +276,9 @@ def read_config(path: str | Path) -> dict:
     return found
 
 
-def config_file(path: Path) -> Path:
-    "Where the configuration of these weights is; of a folder without weights, as that of a run, whichever is there."
+def config_file(path: str | Path) -> Path:
+    "The configuration beside a checkpoint: `config.yaml` by our weights, `all_config.yaml` by official ones; in a folder without weights, as that of a run, whichever is there."
+    path = Path(path)
     ours, official = ((path if path.is_dir() else path.parent) / name for name in ('config.yaml', 'all_config.yaml'))
     if not path.is_dir(): return ours if path.suffix == '.safetensors' else official
     if not (path / 'model.safetensors').exists() and (official_files(path) or official.exists() and not ours.exists()): return official
@@ -365,20 +366,26 @@ def save_checkpoint(
     training_state: dict | None = None,  # what resuming needs: see `etrm.training`
 ):
     "Write a checkpoint folder, atomically."
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one: the folder that it leads to is replaced
     finish_interrupted_save(path)
     tensors = {f'{part}.{name}': t.detach().contiguous() for part, module in parts.items() for name, t in module.state_dict().items()}
     fresh, old = path.with_name(path.name + '.writing'), path.with_name(path.name + '.old')
-    for leftover in (fresh, old): shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (fresh, old): remove(leftover)
     try:
         fresh.mkdir(parents=True)
         write_files(fresh, tensors, config, training_state, parts['table'].names if 'table' in parts else None)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors answer with their own to a full disk
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove(fresh)
         raise CheckpointError(f'{path} could not be written ({str(error)[:200]}): make room there or choose another folder. ' + ('The checkpoint of before is as it was' if path.exists() else 'Nothing was saved')) from error
     if path.exists(): os.replace(path, old)
     os.replace(fresh, path)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path):
+    "Take away a folder, or a link or file in its place, if there is one."
+    if path.is_symlink() or path.is_file(): path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def write_files(folder: Path, tensors: dict[str, Tensor], config: dict, training_state: dict | None, names: tuple[str, ...] | None):
@@ -392,7 +399,7 @@ def write_files(folder: Path, tensors: dict[str, Tensor], config: dict, training
 
 def finish_interrupted_save(path: str | Path):
     "If a save was killed between its two renames, put the last good checkpoint back in its place."
-    path = Path(path)
+    path = Path(path).resolve()
     old = path.with_name(path.name + '.old')
     if old.exists() and not path.exists(): os.replace(old, path)
 

@@ -35,7 +35,7 @@ from .diagnosis import Verdict, scenario
 from .distributed import GlobalDraws, from_first, is_first, merged, mine, share, sum_gradients, sum_over_ranks, world_size
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
-from .files import note
+from .files import markdown_table, note
 from .grids import PAD
 from .losses import trm_loss
 from .optim import AdamATan2, lr_scale
@@ -277,8 +277,8 @@ def format_results(
     "The results as one table: a row a method, a column a set."
     sets, methods = list(dict.fromkeys(r['set'] for r in rows)), list(dict.fromkeys(r['method'] for r in rows))
     cell = {(r['set'], r['method']): f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for r in rows}
-    lines = ['| context | ' + ' | '.join(sets) + ' |', '|---' * (1 + len(sets)) + '|']
-    return '\n'.join(lines + ['| ' + ' | '.join([m] + [cell.get((s, m), '') for s in sets]) + ' |' for m in methods])
+    missing = [f"{r['method']}, {r['set']}: {n} of {r['pass_at_k']['ARC/n_inputs']} test inputs have no prediction and count as unsolved." for r in rows if (n := r['pass_at_k']['ARC/n_inputs_missing'])]
+    return '\n'.join([markdown_table(['context', *sets], [[m, *(cell.get((s, m), '') for s in sets)] for m in methods]), *([''] if missing else []), *missing])
 
 # %% ../nbs/api/18_experiment.ipynb #a3f16ea5
 def opening_updates(
