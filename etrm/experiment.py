@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['AMONG', 'new_table', 'pretrain', 'save_first', 'save_last', 'found_at', 'filled', 'differences', 'read_back',
-           'resume_or_start', 'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'measured_row',
-           'copy_answers', 'score', 'rate', 'solved_among', 'evaluate', 'format_results', 'opening_updates',
-           'train_encoder', 'new_encoder', 'regress_on_rows', 'held_near_rows', 'resume_regression', 'RowLosses',
-           'check_decoder', 'gallery_rows', 'run', 'run_folder', 'is_trained', 'known_puzzles', 'check_rows',
-           'check_ends', 'verdict_of', 'write_results', 'load_encoder', 'table_for', 'compare_contexts']
+           'resume_or_start', 'check_names', 'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits',
+           'measured_row', 'copy_answers', 'score', 'rate', 'solved_among', 'evaluate', 'format_results',
+           'opening_updates', 'train_encoder', 'new_encoder', 'regress_on_rows', 'held_near_rows', 'resume_regression',
+           'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder', 'is_trained', 'known_puzzles',
+           'check_rows', 'check_ends', 'verdict_of', 'verdicts_of', 'verdict_file', 'say_verdicts', 'closing',
+           'write_results', 'load_encoder', 'table_for', 'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
@@ -26,7 +27,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from .checkpoints import CheckpointError, build, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_plain_yaml, read_tensors, save_checkpoint
+from .checkpoints import CheckpointError, build, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_plain_yaml, read_tensors, row_names, save_checkpoint
 from .configs import ExperimentConfig, explain
 from .contexts import CONTROLS, PuzzleEmbedding
 from .data import PuzzleData, Stream, eval_batches, puzzle_data
@@ -35,7 +36,7 @@ from .diagnosis import Verdict, scenario
 from .distributed import GlobalDraws, from_first, is_first, merged, mine, share, sum_gradients, sum_over_ranks, world_size
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
-from .files import markdown_table
+from .files import markdown_table, note
 from .grids import PAD
 from .losses import trm_loss
 from .optim import AdamATan2, lr_scale
@@ -51,8 +52,10 @@ from .votes import Predictions, Votes, vote
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
     "A fresh table for these puzzles."
     d = config.decoder
-    return PuzzleEmbedding(data.num_identifiers, config.table.puzzle_emb_ndim or d.puzzle_emb_len * d.hidden_size, d.puzzle_emb_len, d.hidden_size,
-                           config.table.noise, config.table.init_std)
+    table = PuzzleEmbedding(data.num_identifiers, config.table.puzzle_emb_ndim or d.puzzle_emb_len * d.hidden_size, d.puzzle_emb_len, d.hidden_size,
+                            config.table.noise, config.table.init_std)
+    table.names = data.row_names
+    return table
 
 
 def pretrain(
@@ -73,7 +76,9 @@ def pretrain(
     if start is not None:
         tensors = read_tensors(start)
         load_strictly(decoder, tensors['decoder'], str(start))
-        if not fresh_table: load_strictly(table, tensors['table'], str(start))
+        if not fresh_table:
+            load_strictly(table, tensors['table'], str(start))
+            check_names(row_names(start, len(table.weights)), data, start)
     elif fresh_table: raise ValueError('fresh_table takes a decoder from a checkpoint: say which with start')
     with alone_in(folder) if is_first() else nullcontext():  # before its record is opened
         record, parts, checkpoint = Record(folder, wandb_run), dict(decoder=decoder, table=table), folder / 'checkpoint'
@@ -85,6 +90,7 @@ def pretrain(
             hits = exact_hits(decoder, table, queries, 0, config.evaluation.batch_size)
             return {'eval/exact_accuracy': float(hits.mean())}
         save = resume_or_start(trainer, checkpoint, parts, config, record)
+        if trainer.updates: check_names(row_names(checkpoint, len(table.weights)), data, checkpoint)
         trainer.run(record, evaluate, save, until)
         # stopped by `until`: the averaged weights can be used, the state goes on from the live ones
         state = copy.deepcopy(trainer.state_dict()) | dict(record_rows=len(record.rows)) if trainer.updates < config.pretrain.steps else None
@@ -147,6 +153,20 @@ def resume_or_start(trainer: Trainer, checkpoint: Path, parts: dict[str, nn.Modu
         save_first(checkpoint, parts, config, trainer.state_dict() | dict(record_rows=len(record.rows)))
         return checkpoint
     return save
+
+
+def check_names(
+    names: tuple[str, ...] | None,  # of a table's rows, the blank one first; None where they are not known
+    data: PuzzleData,  # the puzzles that are asked, with the rows they are asked under
+    whose: str | Path,  # the table, for the error
+):
+    "Raise a CheckpointError where a puzzle's row was trained for another; where nobody knows, that is said."
+    if names is None: return note('the table does not name its rows (it is an official or an older one): that they are of these puzzles, in this order, is taken for granted')
+    rows = data.identifiers.tolist()
+    wrong = [(row, name) for row, name in zip(rows, data.names) if row >= len(names) or names[row] != name]
+    if not wrong: return
+    row, name = wrong[0]
+    raise CheckpointError(f'{whose}: {len(wrong):,} of {len(rows):,} puzzles have a row that is not theirs: row {row} is asked for {name!r} and was trained for {names[row] if row < len(names) else "nothing"!r}. It is the table of other puzzles, or of another order of them')
 
 
 def own_views(tasks: list[Task], known: PuzzleData, canvas: int) -> PuzzleData:
@@ -278,18 +298,23 @@ def evaluate(
     rows, votes, e = [], {}, config.evaluation
     new = new or newness(config)
     for name, tasks in sets.items():
+        beside = e.others and name != e.decides
+        if beside: tasks = tasks[:e.others]
         data = puzzle_data(tasks, decoder.config.canvas, e.num_aug, config.tasks.seed)
         views = new(name, data)
         contexts, groups = contexts_of(encoder, data, config.num_demos, e.batch_size)
         row, votes[name] = score(name, 'encoder', answer(decoder, data, contexts, e.batch_size), tasks, views)
         rows.append(row)
         for control, change in CONTROLS.items():
+            if beside and control != 'shuffled': continue
             torch.manual_seed(config.tasks.seed)
             rows.append(score(name, control, answer(decoder, data, change(contexts, groups), e.batch_size), tasks, views)[0])
         rows.append(score(name, 'copy', copy_answers(data), tasks, views)[0])
         if table is not None and name == 'training tasks':
             own = own_views(tasks, known, decoder.config.canvas)
-            rows.append(score(name, 'table', answer(decoder, own, contexts_of(table, own, 0)[0], e.batch_size), tasks, {view: views[view] for view in own.names})[0])
+            check_names(table.names, own, 'the table')
+            answers = answer(decoder, own, contexts_of(table, own, 0)[0], e.batch_size)
+            rows.append(score(name, 'table', answers, tasks, {view: views[view] for view in own.names})[0])
     return rows, votes
 
 
@@ -336,6 +361,7 @@ def train_encoder(
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
     stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate, decoder.config.crop is not None, config.demos,
                     opening_updates(train, data, config.curriculum * config.train.steps) if config.curriculum else None)
+    if table is not None and (config.regression or config.train.rows): check_names(table.names, data, "the decoder's table")
     parts, checkpoint = dict(decoder=decoder, encoder=encoder), Path(folder) / 'checkpoint' if folder else None
     with alone_in(folder) if folder and is_first() else nullcontext():
         if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()
@@ -491,6 +517,8 @@ def run(
     plain = config.model_dump(mode='json')
     train, sets = make_task_sets(config)
     check_rows(config, trained_as, checkpoint); check_ends(config, sets)
+    known = known_puzzles(trained_as, train, config) if table is not None else None
+    if known is not None: check_names(table.names, known, checkpoint)
     folder = from_first(lambda: run_folder(runs, plain | dict(decoder_checkpoint=str(checkpoint)), resume))
     say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
     say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))
@@ -501,16 +529,15 @@ def run(
     if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
     save_last(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), config)
     from_first(lambda: shutil.rmtree(folder / 'regression') if (folder / 'regression').exists() else None)  # it was for resuming
-    known = known_puzzles(trained_as, train, config) if table is not None else None
     try: rows, votes = evaluate(config, decoder, encoder, table if known is not None else None, sets, known)
     except KeyboardInterrupt as error: raise Stopped(config.train.steps, folder / 'checkpoint') from error
-    verdict = verdict_of(config, record.rows, rows)
+    verdicts = verdicts_of(config, record.rows, rows)
     contexts = {f'encoder, {name}': contexts_of(encoder, puzzle_data(tasks, decoder.config.canvas), config.num_demos)[0].numpy() for name, tasks in sets.items()}  # by all processes
     if table is not None: contexts = {'table rows': table.lay_out(table.weights[1:501]).numpy()} | contexts
-    from_first(lambda: write_results(folder, config, contexts, sets, record.rows, rows, votes, verdict))
+    from_first(lambda: write_results(folder, config, contexts, sets, record.rows, rows, votes, verdicts))
     record(config.train.steps, next(r for r in rows if r['set'] == config.evaluation.decides and r['method'] == 'encoder')['pass_at_k'])
     if tracked is not None: tracked.results(folder, rows); tracked.finish()
-    say(f'\ntasks solved at the first answer (95% interval), {config.train.steps} updates of {config.train.global_batch_size}, seed {config.train.seed}:\n\n{format_results(rows)}\n\n{verdict}\n\nwritten to {folder}')
+    say(f'\n{closing(config, rows, verdicts, folder)}')
     return folder
 
 # %% ../nbs/api/18_experiment.ipynb #7d6a2b3a
@@ -572,7 +599,48 @@ def verdict_of(
     return scenario(record, solved['encoder'], {m: solved[m] for m in (*CONTROLS, 'copy') if m in solved})
 
 
-def write_results(folder, config, contexts, sets, record, rows, votes, verdict):
+def verdicts_of(
+    config: ExperimentConfig,
+    record: list[dict],
+    rows: list[dict],
+) -> dict[str, Verdict]:  # by keys of AMONG, the one to go by first
+    "The verdict on tasks that are new under all their views, and the verdict on all tasks."
+    decisive = [r for r in rows if r['set'] == config.evaluation.decides]
+    says = all('new_views' in r for r in decisive) and decisive
+    among = [a for a in ('new tasks', 'all views') if a == 'all views' or says and len(solved_among(decisive[0], a)) > 1]
+    return {a: verdict_of(config, record, rows, a) for a in among}
+
+
+def verdict_file(verdicts: dict[str, Verdict]) -> dict:
+    "The first verdict as plain values, the others below it."
+    (among, first), *rest = verdicts.items()
+    return first.as_dict() | dict(among=among, others={a: v.as_dict() for a, v in rest})
+
+
+def say_verdicts(verdicts: dict[str, Verdict]) -> str:
+    "The first verdict with its evidence, the others in a line each."
+    (among, first), *rest = verdicts.items()
+    lines = [f'On {AMONG[among]}:', str(first)]
+    if among == 'all views': lines += ['Which views are new is not known of these results: evaluate the checkpoint again for a verdict on new tasks.'] if not rest else []
+    return '\n'.join(lines + [f'On {AMONG[a]}: scenario {v.scenario}, {v.evidence[-1].measured}' for a, v in rest])
+
+
+def closing(config: ExperimentConfig, rows: list[dict], verdicts: dict[str, Verdict], folder: Path) -> str:
+    "What was asked, the table, the verdict, where the figures are, what to try next: one screen."
+    c, decides = config.train, config.evaluation.decides
+    again = [r | rate(solved_among(r, 'new tasks').values()) | dict(set=f'{decides}, new') for r in rows if r['set'] == decides and 'new tasks' in verdicts]
+    return f"""Does the encoder steer the {'frozen' if c.freeze_decoder else 'trained'} decoder to tasks that neither has seen? ({c.steps} updates of {c.global_batch_size}, seed {c.seed})
+Tasks solved at the first answer, {config.evaluation.num_aug + 1} views voting (95% interval); '{decides}, new' are those without a training rule among their views:
+
+{format_results(again + rows)}
+
+{say_verdicts(verdicts)}
+
+Figures, results, record and checkpoint: {folder}
+Next: make lab (look inside), etrm run --help (another setting), etrm scenario {folder} (this verdict)"""
+
+
+def write_results(folder, config, contexts, sets, record, rows, votes, verdicts):
     "Everything that a run leaves behind but its record and checkpoint."
     (folder / 'results.json').write_text(json.dumps(rows, indent=1))
     (folder / 'submission.json').write_text(json.dumps(submission(votes[config.evaluation.decides])))
@@ -581,7 +649,7 @@ def write_results(folder, config, contexts, sets, record, rows, votes, verdict):
                'gallery': plot_gallery(gallery_rows(sets[config.evaluation.decides], votes[config.evaluation.decides]))}
     (folder / 'figures').mkdir(exist_ok=True)  # there is one where writing was interrupted
     for name, figure in figures.items(): figure.savefig(folder / 'figures' / f'{name}.png', dpi=110)
-    (folder / 'verdict.json').write_text(json.dumps(verdict.as_dict(), indent=1))  # last: it says that the run is finished
+    (folder / 'verdict.json').write_text(json.dumps(verdict_file(verdicts), indent=1))  # last: it says that the run is finished
 
 # %% ../nbs/api/18_experiment.ipynb #ddb529f3
 def load_encoder(
