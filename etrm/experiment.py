@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['AMONG', 'new_table', 'pretrain', 'save_first', 'save_last', 'found_at', 'filled', 'differences', 'read_back',
-           'resume_or_start', 'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'measured_row',
-           'copy_answers', 'score', 'rate', 'solved_among', 'evaluate', 'format_results', 'opening_updates',
-           'train_encoder', 'new_encoder', 'regress_on_rows', 'held_near_rows', 'resume_regression', 'RowLosses',
-           'check_decoder', 'gallery_rows', 'run', 'run_folder', 'is_trained', 'known_puzzles', 'check_rows',
-           'check_ends', 'verdict_of', 'write_results', 'load_encoder', 'table_for', 'compare_contexts']
+           'resume_or_start', 'check_names', 'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits',
+           'measured_row', 'copy_answers', 'score', 'rate', 'solved_among', 'evaluate', 'format_results',
+           'opening_updates', 'train_encoder', 'new_encoder', 'regress_on_rows', 'held_near_rows', 'resume_regression',
+           'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'run_folder', 'is_trained', 'known_puzzles',
+           'check_rows', 'check_ends', 'verdict_of', 'write_results', 'load_encoder', 'table_for', 'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from .checkpoints import CheckpointError, build, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_plain_yaml, read_tensors, save_checkpoint
+from .checkpoints import CheckpointError, build, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_plain_yaml, read_tensors, row_names, save_checkpoint
 from .configs import ExperimentConfig, explain
 from .contexts import CONTROLS, PuzzleEmbedding
 from .data import PuzzleData, Stream, eval_batches, puzzle_data
@@ -35,7 +35,7 @@ from .diagnosis import Verdict, scenario
 from .distributed import GlobalDraws, from_first, is_first, merged, mine, share, sum_gradients, sum_over_ranks, world_size
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
-from .files import markdown_table
+from .files import markdown_table, note
 from .grids import PAD
 from .losses import trm_loss
 from .optim import AdamATan2, lr_scale
@@ -52,8 +52,10 @@ from .votes import Predictions, Votes, vote
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
     "A fresh table for these puzzles."
     d = config.decoder
-    return PuzzleEmbedding(data.num_identifiers, config.table.puzzle_emb_ndim or d.puzzle_emb_len * d.hidden_size, d.puzzle_emb_len, d.hidden_size,
-                           config.table.noise, config.table.init_std)
+    table = PuzzleEmbedding(data.num_identifiers, config.table.puzzle_emb_ndim or d.puzzle_emb_len * d.hidden_size, d.puzzle_emb_len, d.hidden_size,
+                            config.table.noise, config.table.init_std)
+    table.names = data.row_names
+    return table
 
 
 def pretrain(
@@ -74,7 +76,9 @@ def pretrain(
     if start is not None:
         tensors = read_tensors(start)
         load_strictly(decoder, tensors['decoder'], str(start))
-        if not fresh_table: load_strictly(table, tensors['table'], str(start))
+        if not fresh_table:
+            load_strictly(table, tensors['table'], str(start))
+            check_names(row_names(start, len(table.weights)), data, start)
     elif fresh_table: raise ValueError('fresh_table takes a decoder from a checkpoint: say which with start')
     with alone_in(folder) if is_first() else nullcontext():  # before its record is opened
         record, parts, checkpoint = Record(folder, wandb_run), dict(decoder=decoder, table=table), folder / 'checkpoint'
@@ -86,6 +90,7 @@ def pretrain(
             hits = exact_hits(decoder, table, queries, 0, config.evaluation.batch_size)
             return {'eval/exact_accuracy': float(hits.mean())}
         save = resume_or_start(trainer, checkpoint, parts, config, record)
+        if trainer.updates: check_names(row_names(checkpoint, len(table.weights)), data, checkpoint)
         trainer.run(record, evaluate, save, until)
         # stopped by `until`: the averaged weights can be used, the state goes on from the live ones
         state = copy.deepcopy(trainer.state_dict()) | dict(record_rows=len(record.rows)) if trainer.updates < config.pretrain.steps else None
@@ -148,6 +153,20 @@ def resume_or_start(trainer: Trainer, checkpoint: Path, parts: dict[str, nn.Modu
         save_first(checkpoint, parts, config, trainer.state_dict() | dict(record_rows=len(record.rows)))
         return checkpoint
     return save
+
+
+def check_names(
+    names: tuple[str, ...] | None,  # of a table's rows, the blank one first; None where they are not known
+    data: PuzzleData,  # the puzzles that are asked, with the rows they are asked under
+    whose: str | Path,  # the table, for the error
+):
+    "Raise a CheckpointError where a puzzle's row was trained for another; where nobody knows, that is said."
+    if names is None: return note('the table does not name its rows (it is an official or an older one): that they are of these puzzles, in this order, is taken for granted')
+    rows = data.identifiers.tolist()
+    wrong = [(row, name) for row, name in zip(rows, data.names) if row >= len(names) or names[row] != name]
+    if not wrong: return
+    row, name = wrong[0]
+    raise CheckpointError(f'{whose}: {len(wrong):,} of {len(rows):,} puzzles have a row that is not theirs: row {row} is asked for {name!r} and was trained for {names[row] if row < len(names) else "nothing"!r}. It is the table of other puzzles, or of another order of them')
 
 
 def own_views(tasks: list[Task], known: PuzzleData, canvas: int) -> PuzzleData:
@@ -290,6 +309,7 @@ def evaluate(
         rows.append(score(name, 'copy', copy_answers(data), tasks, new)[0])
         if table is not None and name == 'training tasks':
             own = own_views(tasks, known, decoder.config.canvas)
+            check_names(table.names, own, 'the table')
             rows.append(score(name, 'table', answer(decoder, own, contexts_of(table, own, 0)[0], e.batch_size), tasks, {view: new[view] for view in own.names})[0])
     return rows, votes
 
@@ -337,6 +357,7 @@ def train_encoder(
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
     stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate, decoder.config.crop is not None, config.demos,
                     opening_updates(train, data, config.curriculum * config.train.steps) if config.curriculum else None)
+    if table is not None and (config.regression or config.train.rows): check_names(table.names, data, "the decoder's table")
     parts, checkpoint = dict(decoder=decoder, encoder=encoder), Path(folder) / 'checkpoint' if folder else None
     with alone_in(folder) if folder and is_first() else nullcontext():
         if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()
@@ -492,6 +513,8 @@ def run(
     plain = config.model_dump(mode='json')
     train, sets = make_task_sets(config)
     check_rows(config, trained_as, checkpoint); check_ends(config, sets)
+    known = known_puzzles(trained_as, train, config) if table is not None else None
+    if known is not None: check_names(table.names, known, checkpoint)
     folder = from_first(lambda: run_folder(runs, plain | dict(decoder_checkpoint=str(checkpoint)), resume))
     say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
     say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))
@@ -502,7 +525,6 @@ def run(
     if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
     save_last(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), config)
     from_first(lambda: shutil.rmtree(folder / 'regression') if (folder / 'regression').exists() else None)  # it was for resuming
-    known = known_puzzles(trained_as, train, config) if table is not None else None
     try: rows, votes = evaluate(config, decoder, encoder, table if known is not None else None, sets, known)
     except KeyboardInterrupt as error: raise Stopped(config.train.steps, folder / 'checkpoint') from error
     verdict = verdict_of(config, record.rows, rows)
