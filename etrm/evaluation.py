@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_ANSWER', 'clopper_pearson', 'Score', 'Scores', 'pass_at_k', 'submission', 'no_answers', 'save_submission',
-           'score_submission', 'cell_accuracy', 'exact', 'copy_baseline', 'paired_difference']
+           'score_submission', 'cell_accuracy', 'exact', 'copy_baseline', 'paired_counts', 'score_bound',
+           'paired_difference', 'smallest_difference', 'mean_difference']
 
 # %% ../nbs/api/13_evaluation.ipynb #33be0e3c
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ import reprlib
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.optimize import brentq
+from scipy.stats import binomtest, bootstrap, norm
 
 from .files import new_file
 from .grids import IGNORE_LABEL, PAD
@@ -212,14 +214,56 @@ def copy_baseline(
     return exact(inputs, labels), cell_accuracy(inputs, labels)
 
 # %% ../nbs/api/13_evaluation.ipynb #a55b1e1a
+def paired_counts(
+    ours: np.ndarray,  # (n,) 0 or 1, one per task
+    theirs: np.ndarray,  # (n,) the same tasks
+) -> tuple[int, int, int]:  # wins, losses, n
+    "On how many tasks only the one and only the other is right."
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    if ours.shape != theirs.shape or not len(ours): raise ValueError(f'paired results need the same tasks, at least one: got {ours.shape} and {theirs.shape}')
+    if not np.isin([*ours, *theirs], (0, 1)).all(): raise ValueError('paired results are 0 or 1, one a task: means over seeds or shares of cells go to mean_difference')
+    ours, theirs = ours.astype(bool), theirs.astype(bool)
+    return int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(ours)
+
+
+def score_bound(wins: int, losses: int, n: int, level: float = .95) -> float:
+    "The lower end of the score interval of (wins - losses) / n, with continuity correction."
+    z, gain = norm.ppf((1 + level) / 2), wins - losses
+    def left(delta):
+        b, c = -wins - losses + (2 * n - gain) * delta, -losses * delta * (1 - delta)
+        p = (np.sqrt(max(0., b * b - 8 * n * c)) - b) / (4 * n)  # of losses, most likely under delta
+        return gain - n * delta - 1 - z * np.sqrt(max(0., n * (2 * p + delta * (1 - delta))))
+    return -1. if left(-1.) <= 0 else float(brentq(left, -1., gain / n, xtol=1e-9))
+
+
 def paired_difference(
     ours: np.ndarray,  # (n,) 0 or 1, one per task
     theirs: np.ndarray,  # (n,) the same tasks
     level: float = .95,
 ) -> tuple[float, float, float]:  # difference of the solved shares and its interval
-    "Difference of two solved shares over the same tasks, with an interval that holds for any n."
-    ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
-    if ours.shape != theirs.shape or not len(ours): raise ValueError(f'paired results need the same tasks, at least one: got {ours.shape} and {theirs.shape}')
-    wins, losses, n = int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(ours)
-    won, lost = (clopper_pearson(k, n, (1 + level) / 2) for k in (wins, losses))
-    return (wins - losses) / n, won[0] - lost[1], won[1] - lost[0]
+    "Difference of two solved shares over the same tasks, with Tango's score interval, continuity-corrected."
+    wins, losses, n = paired_counts(ours, theirs)
+    return (wins - losses) / n, score_bound(wins, losses, n, level), -score_bound(losses, wins, n, level)
+
+# %% ../nbs/api/13_evaluation.ipynb #e705455f
+def smallest_difference(
+    n: int,  # tasks
+    losses: int = 0,  # tasks that only the other arm solves
+) -> float:  # (wins - losses) / n; nan where even n - losses wins would not do
+    "The least difference of solved shares whose interval would lie above 0."
+    enough = (wins for wins in range(losses + 1, n - losses + 1) if score_bound(wins, losses, n) > 0)
+    return (next(enough, float('nan')) - losses) / n
+
+# %% ../nbs/api/13_evaluation.ipynb #f7ee80cc
+def mean_difference(
+    gains: np.ndarray,  # (n,) a difference a task, over seeds if there are several
+    level: float = .95,
+    draws: int = 2000,
+) -> tuple[float, float, float]:  # mean and its interval
+    "Mean of differences over tasks, with a percentile bootstrap interval over tasks."
+    gains = np.asarray(gains, float)
+    if gains.ndim != 1 or len(gains) < 2: raise ValueError(f'mean_difference needs a difference for each of two tasks or more, got shape {gains.shape}')
+    if not np.isfinite(gains).all(): raise ValueError('mean_difference: a difference is not finite')
+    if np.ptp(gains) == 0: return float(gains[0]), float(gains[0]), float(gains[0])
+    found = bootstrap((gains,), np.mean, confidence_level=level, n_resamples=draws, method='percentile', rng=np.random.default_rng(0))
+    return float(gains.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high)

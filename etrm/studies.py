@@ -26,7 +26,7 @@ from .contexts import mean, shuffled
 from .data import Stream, puzzle_data
 from .decoder import Decoder
 from .contexts import PuzzleEmbedding
-from .evaluation import clopper_pearson
+from .evaluation import clopper_pearson, mean_difference
 from .experiment import contexts_of, differences, known_puzzles, measured_row, measures, new_encoder, train_encoder
 from .searching import search_curves
 from .settings import Settings
@@ -212,10 +212,9 @@ def paired(
     methods: tuple[str, str] = ('encoder', 'encoder'),  # of the first and the second
     draws: int = 2000,
 ) -> tuple[float, float, float]:  # mean of first - second, and its 95% bounds
-    "The paired difference of two variants over the same seeds and queries."
+    "The paired difference of two variants over the same seeds and queries, with `mean_difference`'s bootstrap interval over queries."
     a, b = ({r['seed']: r[measure] for r in chosen(rows, variant=v, set=on, method=m)} for v, m in zip((first, second), methods))
     seeds = sorted(a.keys() & b.keys())
     if not seeds: raise ValueError(f'{first} and {second} share no seed on {on}')
     gain = np.mean([np.array(a[s], float) - np.array(b[s], float) for s in seeds], axis=0)  # (tasks,)
-    means = np.random.default_rng(0).choice(gain, (draws, len(gain))).mean(1)
-    return float(gain.mean()), *(float(q) for q in np.quantile(means, (.025, .975)))
+    return mean_difference(gain, draws=draws)
