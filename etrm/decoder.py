@@ -25,7 +25,7 @@ class DecoderConfig(Settings):
     vocab_size: int = Field(VOCAB_SIZE, ge=2, le=256)
     hidden_size: int = Field(512, ge=2, le=2**15, description='D, width of every token')
     num_heads: int = Field(8, ge=1, le=2**15)
-    expansion: float = Field(4, gt=0, le=1000, allow_inf_nan=False, description='of the SwiGLU')
+    expansion: float = Field(4, gt=0, le=1000, description='of the SwiGLU')
     L_layers: int = Field(2, ge=1, le=1000, description='blocks in f')
     H_cycles: int = Field(3, ge=1, le=1000)
     L_cycles: int = Field(4, ge=1, le=1000)
