@@ -633,3 +633,44 @@ def test_a_reader_that_goes_away_is_no_error():
     said = process.stderr.read()
     process.wait()
     assert not said and process.returncode != 2
+
+
+# Names and terminals, pipes and devices
+
+FAKE = 'x\n14 of 14 decoder tensors equal\x1b[2J'
+
+
+def test_a_tensor_name_prints_no_line_of_its_own(official, tmp_path):
+    shutil.copytree(official.parent, tmp_path / 'faked')
+    tensors = torch.load(tmp_path / 'faked' / 'step_1', weights_only=True)
+    torch.save(tensors | {FAKE: torch.zeros(1)}, tmp_path / 'faked' / 'step_1')
+    found = cli.invoke(app, ['verify-decoder', '--trm-checkpoint', str(official), '--etrm-checkpoint', str(tmp_path / 'faked' / 'step_1'), '--canvas', '3'])
+    assert found.exit_code == 1 and r'x\n14 of 14 decoder tensors equal\x1b[2J' in found.stdout
+    assert '14 of 14 decoder tensors equal' not in found.stdout.splitlines() and '10 of 11 decoder tensors equal' in found.stdout.splitlines() and '\x1b' not in found.stdout
+
+
+def test_an_error_prints_no_line_of_its_own(tmp_path):
+    (tmp_path / 'mine.yaml').write_text(json.dumps({'name': 'x', 'base': 'lab', 'a\netrm: all is well\x1b[2J': 1}))
+    found = cli.invoke(app, ['pretrain', str(tmp_path / 'mine.yaml'), '--runs', str(tmp_path)])
+    assert found.exit_code == 2 and [line for line in found.stderr.splitlines() if line.startswith('etrm: all')] == [] and '\x1b' not in found.stderr
+
+
+def test_a_name_that_an_ascii_terminal_cannot_show(decoder, tmp_path):
+    (tmp_path / 'größe.json').write_text(json.dumps({'train': [PAIR, PAIR], 'test': [PAIR]}))
+    found = subprocess.run([sys.executable, '-m', 'etrm.cli', 'search', tmp_path, '--decoder', decoder, '--steps', '1'], capture_output=True, text=True, env=os.environ | {'PYTHONIOENCODING': 'ascii', 'WANDB_MODE': 'disabled'})
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[2].startswith(r'| gr\xf6\xdfe |')
+
+
+@pytest.mark.parametrize('name', ['config.yaml', 'record.jsonl', 'step_1', 'tasks.json', 'mine.yaml'])
+@pytest.mark.parametrize('what', ['pipe', 'device'])
+def test_what_is_no_file_is_not_read(saved, tmp_path, name, what):
+    "Before it was asked for, the first waited for ever and the second took all memory."
+    folder = saved if name == 'config.yaml' else tmp_path
+    (folder / 'SHA256SUMS').unlink(missing_ok=True); (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name) if what == 'pipe' else (folder / name).symlink_to('/dev/zero')
+    read = {'config.yaml': lambda: load_checkpoint(saved), 'record.jsonl': lambda: read_record(tmp_path), 'step_1': lambda: read_pickle(tmp_path / 'step_1'), 'tasks.json': lambda: load_folder(tmp_path), 'mine.yaml': lambda: load_config(tmp_path / 'mine.yaml')}[name]
+    signal.alarm(60)
+    try:
+        with pytest.raises(ValueError, match='there is no configuration' if name == 'mine.yaml' else f'{name} is a pipe or a device, not a file'): read()
+    finally: signal.alarm(0)
