@@ -84,7 +84,7 @@ def compared(
     if there['kind'] != now['kind']: return [f'it is of etrm {there["kind"]}, not of etrm {now["kind"]}']
     read = [read_otherwise(name, there['reads'].get(name), now['reads'].get(name)) for name in there['reads'] | now['reads']]
     free = FREE if now['kind'] in ('pretrain', 'train') else ()
-    return [said for said in read if said] + differences(there['more'], now['more'], ()) + differences(filled(there['config']), now['config'], free)
+    return [said for said in read if said] + differences(filled(there['config']), now['config'], free) + differences(there['more'], now['more'], ())
 
 # %% ../nbs/api/17_runs.ipynb #8333e02b
 def resumed(
