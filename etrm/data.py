@@ -16,7 +16,7 @@ from typing import Iterator
 import numpy as np
 
 from .grids import IGNORE_LABEL, PAD, TRANSPOSES, VOCAB_SIZE, Augmentation, augment_tokens, grid_to_tokens, token_sizes, translate_tokens
-from .tasks import Task, fits, read_json
+from .tasks import Task, check_fits, read_json
 
 # %% ../nbs/api/03_data.ipynb #597c4339
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def puzzle_data(
 ) -> PuzzleData:
     "The tasks and their augmentations, drawn from `seed`; duplicates of a task's augmentations are dropped."
     if not tasks: raise ValueError('no tasks to make puzzles of')
+    check_fits(tasks, canvas)
     for t in tasks:
-        if not fits(t, canvas): raise ValueError(f'task {t.name} has a grid larger than the canvas of {canvas}: choose a larger canvas or leave the task out')
         if not unsolved and any(p.output is None for p in t.pairs): raise ValueError(f'task {t.name} has a test pair without its output, so there is nothing to measure an answer by: leave the task out, or only ask for answers (etrm search)')
     tokens = lambda grids: np.stack([np.full(canvas**2, PAD, np.uint8) if g is None else grid_to_tokens(g, canvas) for g in grids])
     pairs = [p for t in tasks for p in t.pairs]

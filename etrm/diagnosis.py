@@ -65,7 +65,7 @@ def scenario(
         Evidence('the loss falls', f'train/lm_loss {first:.3f} -> {last:.3f} (first and last quarter)', 'lower', bool(last < first)),
         Evidence('contexts differ over the batch', f'encoder_token_std {spread[-1]:.3g}, {share:.0%} of encoder_output_std', f'> {min_spread:.0%}', bool(share > min_spread)),
         Evidence('pass@1 above the best control', f"{int(np.sum(solved))} of {len(solved)} against {int(np.sum(controls[best]))} ({best}); difference {gain:+.1%} [{low:+.1%}, {high:+.1%}]",
-                 'interval above 0', useful))
+                 'score interval above 0', useful))
     stuck = not all(e.holds for e in evidence[:3])
     return Verdict('A' if useful else 'B' if stuck else 'undecided' if useful is None else 'C', evidence)
 

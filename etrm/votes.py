@@ -6,12 +6,14 @@
 __all__ = ['Predictions', 'concatenate', 'save_predictions', 'load_predictions', 'Candidate', 'Votes', 'vote', 'of_best_views']
 
 # %% ../nbs/api/12_votes.ipynb #ddaf986e
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.special import expit
 
+from .files import new_file
 from .grids import COLOUR_OFFSET, INVERSE_DIHEDRAL, Augmentation, augment_tokens, grid_to_tokens, token_sizes
 from .tasks import Task
 
@@ -68,9 +70,10 @@ def save_predictions(
     path: str | Path,  # the .npz to write; an existing one is replaced
 ):
     "Write predictions to one compressed .npz"
-    with open(path, 'wb') as file:
-        np.savez_compressed(file, names=np.array(predictions.names, dtype=str), inputs=predictions.inputs, outputs=predictions.outputs,
+    with new_file(path) as write:
+        np.savez_compressed(file := io.BytesIO(), names=np.array(predictions.names, dtype=str), inputs=predictions.inputs, outputs=predictions.outputs,
                             q_halt=predictions.q_halt, canvas=np.int64(predictions.canvas))
+        write(file.getvalue())
 
 # %% ../nbs/api/12_votes.ipynb #249f094f
 def load_predictions(

@@ -18,6 +18,7 @@ import torch
 from etrm.checkpoints import compare_decoders, load_checkpoint, read_tensors
 from etrm.decoder import Decoder
 from etrm.losses import trm_loss
+from test_recursion import steps as by_equations
 
 ROOT = Path(__file__).parents[1]
 FIXTURE = ROOT.parent/'shared'/'fixtures'/'official_trm_small'
@@ -118,6 +119,16 @@ def test_all_tensors_are_equal():
 
 def test_first_steps_agree_on_any_processor(native, expected):
     check_logits(native['eval'], expected['eval'], steps=(0, 1))
+
+
+def test_the_equations_of_test_recursion_agree(expected):
+    decoder, table, _ = load()
+    w, c = {n: t.detach().double() for n, t in decoder.state_dict().items()}, decoder.config
+    context = table(expected['batch']['puzzle_identifiers'].long()).detach().double()
+    found = by_equations(w, expected['batch']['inputs'].long(), context, 2, c.num_heads, c.H_cycles, c.L_cycles)
+    for (logits, q), wanted in zip(found, expected['eval']):
+        torch.testing.assert_close(logits, wanted['logits'].double(), rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(q[:, 0], wanted['q_halt_logits'].double(), rtol=0, atol=TOLERANCE)
 
 
 def test_late_steps_agree_within_rounding_on_any_processor(native, expected):
