@@ -113,7 +113,8 @@ def through(
     overrides: list[str] | None,
 ) -> ExperimentConfig:  # with this decoder
     "A configuration for a pre-trained decoder; an override that asks for another one is an error, for it would do nothing."
-    return experiment.through(sizes_of(decoder, None), decoder, load_config(config, tuple(overrides or ())), overrides or ())
+    c = load_config(config, tuple(overrides or ()))
+    return experiment.through(sizes_of(decoder, None), decoder, c, overrides or ())
 
 
 def in_folder(out: Path | None, name: str) -> Path | None:
