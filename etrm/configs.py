@@ -54,7 +54,7 @@ class RegressionConfig(Settings):
     global_batch_size: int = Field(128, ge=1)
     seed: int = 0
     log_every: int = Field(20, ge=1)
-    save_every: int = Field(0, ge=0, description='0 saves only at the end')
+    save_every: int = Field(0, ge=0, description='as in `train`')
     optim: AdamConfig = AdamConfig()
     squared: float = Field(1., ge=0, description="weight of the mean squared error over the rows' variance")
     softmax: float = Field(0., ge=0, description='weight of the cross-entropy of a softmax over all rows: which row is meant?')

@@ -25,7 +25,7 @@ class DecoderConfig(Settings):
     vocab_size: int = Field(VOCAB_SIZE, ge=2)
     hidden_size: int = Field(512, ge=2, description='D, width of every token')
     num_heads: int = Field(8, ge=1)
-    expansion: float = Field(4, gt=0, allow_inf_nan=False, description='of the SwiGLU')
+    expansion: float = Field(4, gt=0, description='of the SwiGLU')
     L_layers: int = Field(2, ge=1, description='blocks in f')
     H_cycles: int = Field(3, ge=1)
     L_cycles: int = Field(4, ge=1)
