@@ -44,9 +44,10 @@ def going_on(command: str, decoder: Path, runs: Path, folder: Path, *more) -> li
     return line_of(command, decoder, runs, *more, *([] if command == 'study' else ['--resume', folder]))
 
 
-def stopped_at(monkeypatch, command, decoder, runs, updates=6, *more):
-    "A run that was stopped by Ctrl-C after so many updates of training, and its folder."
+def stopped(monkeypatch, command, decoder, runs) -> Path:
+    "The folder of a run that was stopped by Ctrl-C after six updates of training."
     step, made = experiment.Trainer.step, []
+    updates = 9 if command == 'study' else 6  # with three to count the operations
     def stopping(trainer):
         made.append(0)
         if len(made) == updates: os.kill(os.getpid(), signal.SIGINT)
@@ -54,7 +55,7 @@ def stopped_at(monkeypatch, command, decoder, runs, updates=6, *more):
     with monkeypatch.context() as patched:
         patched.setattr(experiment.Trainer, 'step', stopping)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
-        try: found = cli.invoke(app, line_of(command, decoder, runs, *more))
+        try: found = cli.invoke(app, line_of(command, decoder, runs))
         finally: signal.signal(signal.SIGINT, before)
     assert found.exit_code == 130, found.stderr
     return next(p.parent for p in runs.rglob('settings.json'))
@@ -82,7 +83,7 @@ def another_process(folder: Path):
 
 @pytest.mark.parametrize('command', ['run', 'pretrain', 'train', 'study'])
 def test_refused_where_it_is_no_run_of_these_settings_and_gone_on_with_where_it_is(command, decoders, tmp_path, monkeypatch):
-    folder = stopped_at(monkeypatch, command, decoders[0], tmp_path)
+    folder = stopped(monkeypatch, command, decoders[0], tmp_path)
     before = files_of(folder)
     assert len(read_record(folder)) == 6
     def refused(said, decoder=decoders[0], more=(), place=folder):
@@ -119,7 +120,7 @@ def test_stopped_in_the_regression_it_goes_on_through_its_own_decoder_only(decod
 
 
 def test_a_record_without_its_checkpoint_is_kept(decoders, tmp_path, monkeypatch):
-    folder = stopped_at(monkeypatch, 'train', decoders[0], tmp_path)
+    folder = stopped(monkeypatch, 'train', decoders[0], tmp_path)
     rows = (folder / 'record.jsonl').read_text()
     shutil.rmtree(folder / 'checkpoint')
     with pytest.warns(UserWarning, match='they are kept in record-001.jsonl, and training begins anew'): done = cli.invoke(app, going_on('train', decoders[0], tmp_path, folder))
