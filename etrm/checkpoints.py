@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MAX_CONFIG_BYTES', 'MAX_TOKENS', 'ONLY', 'OFFICIAL_KEYS', 'CheckpointError', 'strip_prefix', 'load_strictly',
-           'pieces', 'all_finite', 'PlainLoader', 'plain_yaml', 'read_plain_yaml', 'sha256', 'write_sums', 'check_sum',
-           'load_checkpoint', 'build', 'weights_file', 'read_tensors', 'official_names', 'official_part',
-           'read_safetensors', 'read_pickle', 'read_torch', 'config_file', 'read_config', 'decoder_config',
-           'check_sizes', 'check_rows', 'table_from', 'save_checkpoint', 'remove', 'write_files',
-           'finish_interrupted_save', 'load_training_state', 'compare_decoders', 'describe']
+           'check_shapes', 'pieces', 'all_finite', 'PlainLoader', 'plain_yaml', 'read_plain_yaml', 'sha256',
+           'write_sums', 'is_noted', 'check_sum', 'load_checkpoint', 'is_unfinished', 'fitting_sizes', 'build',
+           'weights_file', 'official_files', 'holds_weights', 'read_tensors', 'official_names', 'official_part',
+           'read_safetensors', 'read_pickle', 'read_torch', 'read_config', 'config_file', 'decoder_config',
+           'check_sizes', 'check_rows', 'table_from', 'row_names', 'save_checkpoint', 'remove', 'write_files',
+           'finish_interrupted_save', 'load_training_state', 'compare_decoders', 'describe', 'format_of']
 
 # %% ../nbs/api/10_checkpoints.ipynb #a0d43e3d
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -27,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .contexts import PuzzleEmbedding
+from .data import read_identifiers
 from .decoder import Decoder, DecoderConfig
+from .files import note
 from .layers import swiglu_width
 
 # %% ../nbs/api/10_checkpoints.ipynb #e5117d2b
@@ -48,14 +52,19 @@ def load_strictly(
     where: str,  # for the error: the file they came from
 ):
     "Copy every tensor into the module; each must be there, fit, be finite, and have a place."
-    wanted = module.state_dict()
+    check_shapes(module.state_dict(), tensors, where)
+    for name, tensor in tensors.items():
+        if not all_finite(tensor): raise CheckpointError(f'{where}: {name} has values that are not finite')
+    module.load_state_dict(tensors)
+
+
+def check_shapes(wanted: dict[str, Tensor], tensors: dict[str, Tensor], where: str):
+    "Raise a CheckpointError where tensors are not those that are wanted, by name and shape."
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unknown: raise CheckpointError(f'{where}: missing tensors {missing or "none"}, unknown tensors {unknown or "none"}: was it made with another configuration?')
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(f'{where}: {name} has shape {tuple(tensor.shape)}, the configuration asks for {tuple(wanted[name].shape)}')
-        if not all_finite(tensor): raise CheckpointError(f'{where}: {name} has values that are not finite')
-    module.load_state_dict(tensors)
 
 
 def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -110,6 +119,12 @@ def write_sums(folder: Path):
     (folder / 'SHA256SUMS').write_text('\n'.join(lines) + '\n')
 
 
+def is_noted(file: Path) -> bool:
+    "Whether there was such a file when the checkpoint was written."
+    noted = file.parent / 'SHA256SUMS'
+    return noted.exists() and any(line.endswith(f'  {file.name}') for line in noted.read_text(errors='replace').splitlines())
+
+
 def check_sum(
     file: Path,  # of a checkpoint
 ) -> bool:  # False where nothing is noted beside it
@@ -130,15 +145,33 @@ def load_checkpoint(
     "Read a decoder and its table from an official or an own checkpoint."
     path = Path(path)
     tensors, config = read_tensors(path), read_config(path)
+    if is_unfinished(path): note(f'{path} is of a run that is not finished: its weights may not be averaged yet')
+    sizes = fitting_sizes(path, tensors, config, canvas)
+    decoder = build(lambda: Decoder(sizes), tensors['decoder'], path)
+    table = table_from(tensors['table'], sizes, path) if tensors['table'] else None
+    check_rows(config, table, path)
+    return decoder.eval(), table, config
+
+
+def is_unfinished(path: str | Path) -> bool:
+    "Whether a checkpoint was saved to be resumed."
+    file = weights_file(path)
+    return file.suffix == '.safetensors' and (file.parent / 'training_state.pt').exists()
+
+
+def fitting_sizes(
+    path: Path,  # for the error
+    tensors: dict[str, dict[str, Tensor]],  # from `read_tensors`
+    config: dict,  # from `read_config`
+    canvas: int | None = None,
+) -> DecoderConfig:
+    "The decoder's sizes, seen to be those of the weights."
     try: sizes = decoder_config(config, canvas)
     except ValidationError as error: raise CheckpointError(f'{path}: its configuration does not describe a decoder: {error}') from error
     if sizes.L_layers > len(tensors['decoder']) or sizes.seq_len + sizes.puzzle_emb_len > MAX_TOKENS:
         raise CheckpointError(f'{path}: its configuration asks for {sizes.L_layers} layers over {sizes.seq_len + sizes.puzzle_emb_len} tokens, which is not what {len(tensors["decoder"])} tensors were made for')
     check_sizes(config, sizes, tensors, path)
-    decoder = build(lambda: Decoder(sizes), tensors['decoder'], path)
-    table = table_from(tensors['table'], sizes, path) if tensors['table'] else None
-    check_rows(config, table, path)
-    return decoder.eval(), table, config
+    return sizes
 
 
 def build(
@@ -160,11 +193,21 @@ def weights_file(path: str | Path) -> Path:
     if path.is_file(): return path
     if not path.is_dir(): raise CheckpointError(f'there is no checkpoint at {path}')
     if (path / 'model.safetensors').exists(): return path / 'model.safetensors'
-    steps = sorted(p for p in path.iterdir() if re.fullmatch(r'step_\d+', p.name) and p.is_file())
+    steps = official_files(path)
     if len(steps) == 1: return steps[0]
     if steps: raise CheckpointError(f'{path} holds {", ".join(p.name for p in steps)}: name one of these files')
     inside = sorted(p.parent for p in [*path.glob('*/all_config.yaml'), *path.glob('*/model.safetensors')])
     raise CheckpointError(f'{path} holds no model.safetensors and no step_N: name the checkpoint folder itself' + (f', as {inside[0]}' if inside else ''))
+
+
+def official_files(folder: Path) -> list[Path]:
+    "The checkpoints of the official program in a folder."
+    return sorted(p for p in folder.iterdir() if re.fullmatch(r'step_\d+', p.name) and p.is_file())
+
+
+def holds_weights(folder: Path) -> bool:
+    "Whether a folder is a checkpoint, whatever else lies in it."
+    return folder.is_dir() and ((folder / 'model.safetensors').exists() or bool(official_files(folder)))
 
 
 def read_tensors(path: str | Path) -> dict[str, dict[str, Tensor]]:  # 'decoder', 'table' and 'encoder': tensors by name, float32; a table as it is in the file
@@ -175,7 +218,8 @@ def read_tensors(path: str | Path) -> dict[str, dict[str, Tensor]]:  # 'decoder'
     for name, tensor in named.items():
         part, _, rest = name.partition('.')
         if part not in parts or not rest: raise CheckpointError(f'{path}: unknown tensor {name}')
-        parts[part][rest] = tensor if part == 'table' and tensor.is_floating_point() else tensor.float()
+        if not tensor.is_floating_point(): raise CheckpointError(f'{path}: {name} holds {str(tensor.dtype).removeprefix("torch.")}: weights are floating-point numbers')
+        parts[part][rest] = tensor if part == 'table' else tensor.float()
     return parts
 
 
@@ -222,13 +266,6 @@ def read_torch(
     except Exception as error: raise CheckpointError(f'{path} is not a checkpoint of plain tensors ({str(error)[:200]}): take another copy') from error
 
 # %% ../nbs/api/10_checkpoints.ipynb #a1084b6a
-def config_file(path: str | Path) -> Path:
-    "The configuration beside a checkpoint: `config.yaml` in our folder, `all_config.yaml` in an official one."
-    path = Path(path)
-    if not path.is_dir(): return path.parent / ('config.yaml' if path.suffix == '.safetensors' else 'all_config.yaml')
-    return next((path / name for name in ('config.yaml', 'all_config.yaml') if (path / name).exists()), path / 'config.yaml')
-
-
 def read_config(path: str | Path) -> dict:
     "What the configuration beside a checkpoint says."
     file = config_file(path)
@@ -237,6 +274,15 @@ def read_config(path: str | Path) -> dict:
     found = read_plain_yaml(file, CheckpointError)
     if not isinstance(found, dict) or not all(isinstance(k, str) for k in found): raise CheckpointError(f'{file} is not a configuration')
     return found
+
+
+def config_file(path: str | Path) -> Path:
+    "The configuration beside a checkpoint: `config.yaml` by our weights, `all_config.yaml` by official ones; in a folder without weights, as that of a run, whichever is there."
+    path = Path(path)
+    ours, official = ((path if path.is_dir() else path.parent) / name for name in ('config.yaml', 'all_config.yaml'))
+    if not path.is_dir(): return ours if path.suffix == '.safetensors' else official
+    if not (path / 'model.safetensors').exists() and (official_files(path) or official.exists() and not ours.exists()): return official
+    return ours
 
 
 # what an official configuration may say that this decoder does only in one way; H_layers and the seed of its data count for nothing
@@ -293,8 +339,24 @@ def table_from(tensors: dict[str, Tensor], config: DecoderConfig, path: str | Pa
     if not all_finite(tensors['weights']): raise CheckpointError(f'{path}: the table has values that are not finite')
     try: table = PuzzleEmbedding(0, tensors['weights'].shape[1], config.puzzle_emb_len, config.hidden_size)
     except ValueError as error: raise CheckpointError(f'{path}: a row of its table is longer than the context that puzzle_emb_len makes: {error}') from error
-    table.weights = tensors['weights']
+    table.weights, table.names = tensors['weights'], row_names(path, len(tensors['weights']))
     return table.eval()
+
+
+def row_names(
+    path: str | Path,  # a checkpoint
+    rows: int,  # of its table, the blank one included
+) -> tuple[str, ...] | None:  # None where it does not say
+    "Whose each row is: `identifiers.json` beside the weights, as in a dataset of TRM."
+    file = weights_file(path).parent / 'identifiers.json'
+    if not file.exists():
+        if is_noted(file): raise CheckpointError(f'{file} is missing, which SHA256SUMS names: take another copy of the checkpoint')
+        return None
+    check_sum(file)
+    try: names = read_identifiers(file)
+    except ValueError as error: raise CheckpointError(str(error)) from error
+    if len(names) != rows: raise CheckpointError(f'{file} has {len(names):,} names, the table beside it {rows:,} rows: they are not of one training')
+    return names
 
 # %% ../nbs/api/10_checkpoints.ipynb #06c34113
 def save_checkpoint(
@@ -311,7 +373,7 @@ def save_checkpoint(
     for leftover in (fresh, old): remove(leftover)
     try:
         fresh.mkdir(parents=True)
-        write_files(fresh, tensors, config, training_state)
+        write_files(fresh, tensors, config, training_state, parts['table'].names if 'table' in parts else None)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors answer with their own to a full disk
         remove(fresh)
         raise CheckpointError(f'{path} could not be written ({str(error)[:200]}): make room there or choose another folder. ' + ('The checkpoint of before is as it was' if path.exists() else 'Nothing was saved')) from error
@@ -326,10 +388,11 @@ def remove(path: Path):
     shutil.rmtree(path, ignore_errors=True)
 
 
-def write_files(folder: Path, tensors: dict[str, Tensor], config: dict, training_state: dict | None):
+def write_files(folder: Path, tensors: dict[str, Tensor], config: dict, training_state: dict | None, names: tuple[str, ...] | None):
     "The files of a checkpoint, their checksums last."
     save_file(tensors, folder / 'model.safetensors')
     (folder / 'config.yaml').write_text(yaml.safe_dump(config, sort_keys=False))
+    if names is not None: (folder / 'identifiers.json').write_text(json.dumps(names))
     if training_state is not None: torch.save(training_state, folder / 'training_state.pt')
     write_sums(folder)
 
@@ -378,6 +441,16 @@ def describe(
     tensors = read_tensors(path)
     parts = {part: dict(tensors=len(t), parameters=sum(x.numel() for x in t.values()), norm=round(float(sum(x.double().square().sum() for y in t.values() for x in pieces(y))**.5), 4)) for part, t in tensors.items() if t}
     file = weights_file(path)
-    own, noted = file.suffix == '.safetensors', file.parent / 'SHA256SUMS'
-    return dict(path=str(path), format='etrm' if own else 'official TRM', resumable=(Path(path) / 'training_state.pt').exists(), checksums=own and noted.exists(),
-                rows=tensors['table']['weights'].shape[0] if tensors['table'] else 0, parts=parts, config=read_config(path))
+    own, noted, config = file.suffix == '.safetensors', file.parent / 'SHA256SUMS', read_config(path)
+    return dict(path=str(path), **format_of(path, tensors, config, own), resumable=(Path(path) / 'training_state.pt').exists(), checksums=own and noted.exists(),
+                rows=tensors['table']['weights'].shape[0] if tensors['table'] else 0, parts=parts, config=config)
+
+
+def format_of(path: str | Path, tensors: dict[str, dict[str, Tensor]], config: dict, own: bool) -> dict:  # 'format', and 'why' where it is unknown
+    "Whose format it is: asked of what builds the decoder, and not of the file's name."
+    if tensors['encoder'] and not tensors['decoder']: return dict(format='etrm')  # of a regression, which is before the decoder
+    try:
+        sizes = fitting_sizes(Path(path), tensors, config)
+        with torch.device('meta'): check_shapes(Decoder(sizes).state_dict(), tensors['decoder'], str(path))
+    except CheckpointError as error: return dict(format='unknown', why=str(error))
+    return dict(format='etrm' if own else 'official TRM')

@@ -27,9 +27,9 @@ from pydantic import ValidationError
 from . import bench as benchmark
 from . import chains, experiment, searching, studies, tables, task_sets
 from .checks import CheckError, check_answers, config_differences
-from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, load_checkpoint, read_config, read_tensors, save_checkpoint
+from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, read_tensors, save_checkpoint
 from .configs import ExperimentConfig, load_config
-from .data import puzzle_data, read_dataset, write_dataset
+from .data import puzzle_data, read_dataset, read_identifiers, write_dataset
 from .decoder import DecoderConfig
 from .distributed import from_first, is_first, processes
 from .evaluation import no_answers, score_submission
@@ -435,6 +435,7 @@ def inspect(path: Path = typer.Argument(..., help='Official or own checkpoint, d
 
 def what_is(path: Path) -> dict:
     "Whatever it is, described."
+    if holds_weights(path): return about_checkpoint(path)  # names and findings may lie beside them
     if (path / 'identifiers.json').exists(): return about_dataset(path)
     if path.suffix.lower() == '.json' or str(path) in corpus_names(): return about_tasks(load_tasks(path, require_solutions=False), path)
     if any((path / name).exists() for name in ('record.jsonl', 'settings.json')) and not (path / 'model.safetensors').exists(): return about_run(path)
@@ -457,7 +458,7 @@ def about_checkpoint(path: Path) -> dict:
 def about_dataset(path: Path) -> dict:
     splits = {split: read_dataset(path, split) for split in ('train', 'test') if (path / split).exists()}
     counts = {split: dict(tasks=len(set(d.group.tolist())), puzzles=len(d.names), pairs=len(d.inputs)) for split, d in splits.items()}
-    return dict(path=str(path), format='TRM dataset', canvas=next((d.canvas for d in splits.values()), None), identifiers=len(read_json(path / 'identifiers.json')), splits=counts)
+    return dict(path=str(path), format='TRM dataset', canvas=next((d.canvas for d in splits.values()), None), identifiers=len(read_identifiers(path / 'identifiers.json')), splits=counts)
 
 
 def about_tasks(tasks: list[Task], path: Path) -> dict:

@@ -33,6 +33,7 @@ class PuzzleEmbedding(nn.Module):
             raise ValueError(f'puzzle_emb_ndim {puzzle_emb_ndim} does not fit T * D = {puzzle_emb_len} * {hidden_size}')
         self.puzzle_emb_len, self.hidden_size, self.noise = puzzle_emb_len, hidden_size, noise
         self.register_buffer('weights', truncated_normal_(torch.empty(num_identifiers, puzzle_emb_ndim), init_std))
+        self.names = None  # (num_identifiers,) whose each row is, the blank one first; None where that is not known
         self.touched = None  # identifiers and leaf rows of the last training call
 
     def forward(self,

@@ -24,7 +24,7 @@ from .configs import ExperimentConfig
 from .contexts import CONTROLS, PuzzleEmbedding
 from .data import PuzzleData, puzzle_data
 from .decoder import Decoder
-from .experiment import answer, contexts_of, own_views
+from .experiment import answer, check_names, contexts_of, own_views
 from .grids import draw_grid, tokens_to_grid
 from .plots import literal
 from .tasks import Task, check_fits, load_tasks
@@ -201,6 +201,7 @@ class Explorer:
     ):
         w = import_widgets()
         if table is not None and known is None: raise ValueError('a table needs the puzzles that its rows belong to: pass known')
+        if table is not None: check_names(table.names, known, 'the table')
         self.config, self.decoder, self.encoder, self.table, self.known = config, decoder, encoder, table, known
         self.sets = {name: load_tasks(tasks, require_solutions=False) if isinstance(tasks, (str, Path)) else tasks for name, tasks in sets.items()}
         for tasks in self.sets.values(): check_fits(tasks, decoder.config.canvas)

@@ -6,6 +6,7 @@
 __all__ = ['PREFIX', 'official_config', 'export_official', 'step_of']
 
 # %% ../nbs/api/10_official.ipynb #79715df6
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import yaml
 from .checkpoints import CheckpointError, load_checkpoint, load_training_state, read_tensors, weights_file
 from .contexts import PuzzleEmbedding
 from .decoder import Decoder
+from .files import note
 
 # %% ../nbs/api/10_official.ipynb #b43c512a
 PREFIX = '_orig_mod.model.inner.'
@@ -57,10 +59,12 @@ def export_official(
         fresh.mkdir(parents=True)
         torch.save(named, fresh / f'step_{step}')
         (fresh / 'all_config.yaml').write_text(yaml.safe_dump(official_config(decoder, table, config)))
+        if table is not None and table.names is not None: (fresh / 'identifiers.json').write_text(json.dumps(table.names))
         os.replace(fresh, folder)
     except (OSError, RuntimeError) as error:  # torch answers with its own to a full disk
         shutil.rmtree(fresh, ignore_errors=True)
         raise CheckpointError(f'{folder} could not be written ({str(error)[:200]}): make room there or choose another folder. Nothing was saved') from error
+    if table is not None and table.names is None: note(f'{checkpoint} does not name the rows of its table, so {folder} does not either')
     return folder / f'step_{step}'
 
 

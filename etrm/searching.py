@@ -21,7 +21,7 @@ from .contexts import PuzzleEmbedding, demo_extents, search, shuffled
 from .data import PuzzleData, eval_batches, puzzle_data, to_labels
 from .decoder import Decoder, last_step
 from .evaluation import clopper_pearson, pass_at_k, submission
-from .experiment import answer, contexts_of, digest, load_encoder, measured_row, measures
+from .experiment import answer, check_names, contexts_of, digest, load_encoder, measured_row, measures
 from .files import markdown_table
 from .grids import Augmentation
 from .losses import stablemax_cross_entropy
@@ -77,14 +77,14 @@ def search_tasks(
     num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and those that answer most demonstrations vote
     rule: str | None = None,  # 'adam' or 'normalised'; None: an encoder's train.search_rule, or from a decoder's mean row 'adam'
 ) -> dict:  # 'summary', a row a task, with the losses of its own view and how many demonstrations the best view answers; 'submission' in ARC Prize's form
-    "Search a context for each task on its demonstrations, and answer its queries."
+    "Search a context for each task on its demonstrations, and answer its queries: in the same views alone and among others. (Those of evaluation sets and of tables go by places: records of them depend on it.)"
     with_encoder = bool(read_tensors(checkpoint)['encoder'])
     if with_encoder: decoder, encoder, config = load_encoder(checkpoint)
     else: decoder, table, _ = load_checkpoint(checkpoint)
     if not with_encoder and table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
     if lr is None: lr = config.train.search_lr if with_encoder else search_rate(table)
     if rule is None: rule = config.train.search_rule if with_encoder else 'adam'
-    data, most = puzzle_data(tasks, decoder.config.canvas, num_aug, unsolved=True), max(len(t.train) for t in tasks)
+    data, most = puzzle_data(tasks, decoder.config.canvas, num_aug, None, unsolved=True), max(len(t.train) for t in tasks)
     demos, puzzle = demonstrations(data, most)
     puzzles, first, view = np.unique(puzzle, return_index=True, return_inverse=True)  # demonstrations are the same for every query of a view
     demos = tuple(d[first] for d in demos)
@@ -240,6 +240,7 @@ def searched_table(
     "A table for the same tasks, each row found by gradient descent through the frozen decoder."
     data = puzzle_data(tasks, decoder.config.canvas)
     if data.num_identifiers != len(table.weights): raise ValueError(f'the table has {len(table.weights) - 1} rows, but there are {len(tasks)} tasks: take the configuration it was trained with')
+    check_names(table.names, data, 'the table')
     if (fewest := min(len(t.train) for t in tasks)) < pairs: raise ValueError(f'{pairs} pairs are asked for, but a task has {fewest} training pairs: ask for fewer')
     demos, puzzle = demonstrations(data, pairs)
     first = torch.from_numpy(np.unique(puzzle, return_index=True)[1])  # a task may have several queries
@@ -247,5 +248,5 @@ def searched_table(
     start = table.contexts().mean(0, keepdim=True).expand(len(first), -1, -1)
     contexts = contexts_on_the_way(decoder, demos, start, steps, search_rate(table) if lr is None else lr, (steps,), batch_size=32)[steps][0]
     found = PuzzleEmbedding(len(table.weights), contexts[0].numel(), *contexts.shape[1:], noise=table.noise)
-    found.weights[1:] = contexts.flatten(1)
+    found.weights[1:], found.names = contexts.flatten(1), data.row_names
     return found, demonstrations_right(decoder, demos, contexts)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'model_type', 'configuration_for', 'views_of', 'puzzles_of', 'table_answers', 'evaluate_table', 'scored',
-           'evaluate_dataset', 'rows_share', 'features_of_rules']
+           'evaluate_dataset', 'rows_share', 'names_of_rules', 'features_of_rules']
 
 # %% ../nbs/api/18_tables.ipynb #e9d96e37
 from dataclasses import replace
@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from .checkpoints import CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors
+from .checkpoints import CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors, row_names
 from .configs import ExperimentConfig, explain, load_config
 from .contexts import PuzzleEmbedding
-from .data import PuzzleData, puzzle_data, read_dataset
+from .data import PuzzleData, puzzle_data, read_dataset, read_identifiers
 from .decoder import Decoder
 from .diagnosis import onehot_rules, rule_share
-from .experiment import answer, contexts_of, copy_answers, differences, score
+from .experiment import answer, check_names, contexts_of, copy_answers, score
+from .runs import differences
 from .task_sets import make_task_sets
 from .grids import Augmentation
 from .pattern import onehot_programs, pattern_tasks
@@ -82,12 +83,14 @@ def views_of(
 
 def puzzles_of(
     config: ExperimentConfig,
-    rows: int,  # of the table, the blank one included
+    table: PuzzleEmbedding,
 ) -> tuple[PuzzleData, dict[str, list[Task]]]:  # the puzzles with rows; the sets that can be asked
     "The puzzles that a configuration's table was trained on, drawn again."
     train, sets = make_task_sets(config)
     known = puzzle_data(train, config.decoder.canvas, config.tasks.num_aug, config.tasks.seed)
+    rows = len(table.weights)
     if known.num_identifiers != rows: raise CheckpointError(f'the table has {rows:,} rows, but tasks.source {config.tasks.source}, tasks.max_train_groups {config.tasks.max_train_groups} and tasks.num_aug {config.tasks.num_aug} make {known.num_identifiers:,}: it was trained on other puzzles')
+    check_names(table.names, known, 'the table')
     names = {t.name for t in train}
     return known, {name: tasks for name, tasks in sets.items() if all(t.name in names for t in tasks)}
 
@@ -107,7 +110,7 @@ def evaluate_table(
     table: PuzzleEmbedding,
 ) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results as `experiment.evaluate` makes them; votes by set
     "Score a table on the configuration's sets that it has rows for."
-    known, sets = puzzles_of(config, len(table.weights))
+    known, sets = puzzles_of(config, table)
     views = {name: views_of(tasks, known, decoder.config.canvas, config.evaluation.num_aug) for name, tasks in sets.items()}
     return scored(decoder, table, sets, views, config.evaluation.batch_size)
 
@@ -134,7 +137,8 @@ def evaluate_dataset(
     decoder, table, _ = load_checkpoint(checkpoint, data.canvas)
     if data.canvas != decoder.config.canvas: raise CheckpointError(f'{checkpoint}: decoder.canvas is {decoder.config.canvas}, but {folder} is of a canvas of {data.canvas}')
     if table is None: raise CheckpointError(f'{checkpoint} holds no table')
-    if (names := len(read_json(folder / 'identifiers.json'))) != len(table.weights): raise CheckpointError(f'{folder / "identifiers.json"} has {names:,} names, the table of {checkpoint} {len(table.weights):,} rows: it was trained on another dataset')
+    if (names := len(read_identifiers(folder / 'identifiers.json'))) != len(table.weights): raise CheckpointError(f'{folder / "identifiers.json"} has {names:,} names, the table of {checkpoint} {len(table.weights):,} rows: it was trained on another dataset')
+    check_names(table.names, data, checkpoint)
     asked = {Augmentation.from_name(name)[0] for name in data.names}
     tasks = [t for t in load_challenges(folder / 'test_puzzles.json') if t.name in asked]
     if strange := sorted(asked - {t.name for t in tasks}): raise ValueError(f'{folder / "test_puzzles.json"} lacks {strange[0]!r}, which the test split asks')
@@ -151,8 +155,16 @@ def rows_share(
     if c.source not in ('families', 'pattern') or c.num_aug: return None  # a table of real tasks may be gigabytes: it is not read for nothing
     weights = read_tensors(checkpoint)['table'].get('weights')
     if weights is None or len(weights) != c.max_train_groups + 1: return None
+    if (names := row_names(checkpoint, len(weights))) is not None and list(names[1:]) != names_of_rules(config): return None  # rows of other rules
     single, features = features_of_rules(config)
     return rule_share(weights[1:].float().numpy()[single], features) if len(single) >= 64 else None
+
+
+def names_of_rules(config: ExperimentConfig) -> list[str]:
+    "What procedural training tasks are called, in order: a name says the rule."
+    c, canvas = config.tasks, config.decoder.canvas
+    if c.source == 'pattern': return [t.name for t in pattern_tasks('train', c.max_train_groups, 1, 1, c.seed, canvas, c.pattern_side)]
+    return [rule.name for rule in sample_rules('train', c.max_train_groups, c.seed, canvas, c.compositions)]
 
 
 def features_of_rules(config: ExperimentConfig) -> tuple[np.ndarray, np.ndarray]:  # (n,) which training tasks have one rule, from 0; (n, f) that rule's features
