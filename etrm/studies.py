@@ -26,7 +26,7 @@ from .data import Stream, puzzle_data
 from .decoder import Decoder
 from .contexts import PuzzleEmbedding
 from .evaluation import clopper_pearson, mean_difference
-from .experiment import check_sets, contexts_of, digest, known_puzzles, measured_row, measures, new_encoder, through, train_encoder
+from .experiment import check_sets, contexts_of, digest, known_puzzles, measured_row, measures, new_encoder, save_last, through, train_encoder
 from .files import new_file
 from .runs import Run, check_place, check_settings, open_run, settings_of
 from .searching import search_curves
@@ -160,6 +160,7 @@ def run_variant(study: Study, variant: str, seed: int, checkpoint: str | Path, r
         raise ValueError(f'study {study.name}, {variant}: the rows of {checkpoint} belong to other tasks than these')
     began = time.monotonic()
     encoder = train_encoder(config, decoder, table, train, record)
+    save_last(record.checkpoint, dict(decoder=decoder, encoder=encoder), config)  # stopped while it is measured, it is not trained again
     about = dict(study=study.name, variant=variant, seed=seed, steps=config.train.steps, batch=config.train.global_batch_size, flops=cost * config.train.steps,
                  weights=sum(p.numel() for p in encoder.parameters()), seconds=round(time.monotonic() - began, 1))
     about |= last_values(record.rows)
