@@ -100,7 +100,7 @@ def cells(module):
     for path in ROOT.glob('nbs/**/*.ipynb'):
         code = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
         if not code or code[0].split('\n')[0] != f'#| default_exp {module}': continue
-        return path, [c for c in code if 'nbdev_export()' not in c and not SKIPPED.match(c)]
+        return path, [c.replace('nbdev.nbdev_export()', '') for c in code if not SKIPPED.match(c)]
     raise SystemExit(f'no notebook exports {module}')
 
 
@@ -122,37 +122,48 @@ def mutated(code, mutant):
 
 def forked(run, seconds):
     "What `run` died of in a fork of this process: '' if it did not."
-    with tempfile.NamedTemporaryFile('r') as out:
+    with tempfile.TemporaryFile('w+') as out:
         if not (child := os.fork()):
             os.setsid()
             try: run()
-            except BaseException as error: Path(out.name).write_text(f'{execute.last}, {type(error).__name__}')
+            except BaseException as error: print(f'{execute.last}, {type(error).__name__}', end='', file=out, flush=True)
             os._exit(0)
         end = time.time() + seconds
         while not (done := os.waitpid(child, os.WNOHANG))[0] and time.time() < end: time.sleep(.01)
         try: os.killpg(child, signal.SIGKILL)  # and what it started
         except ProcessLookupError: pass
-        if done[0]: return out.read() or (f'exit {done[1]}' if done[1] else '')
+        if done[0]: return out.seek(0) or out.read() or (f'exit {done[1]}' if done[1] else '')
         os.waitpid(child, 0)
         return f'{seconds:.0f} s'
 
 
-def run_notebook(module, chosen, report):
-    "Execute a notebook; before each exported cell try its mutants."
+def replace_folder(old, new):
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(new, old, symlinks=True)
+
+
+def run_notebook(module, chosen, report, folder):
+    "Execute a notebook; before each exported cell try its mutants. Each finds temporary files as the cells before left them."
     path, code = cells(module)
+    temporary, kept = (Path(folder)/module/name for name in ('temporary', 'kept'))
+    temporary.mkdir(parents=True)
+    tempfile.tempdir = os.environ['TMPDIR'] = str(temporary)
     os.chdir(path.parent)
     os.environ |= dict(IN_TEST='1', MPLBACKEND='agg', WANDB_MODE='disabled')
     main = sys.modules['__main__'] = types.ModuleType('__main__')
     def go_on(cell, at):
         for i, c in enumerate([cell, *code[at + 1:]], at): execute(c, main.__dict__, f'{path.stem}[{i}]')
     start = time.time()
-    if reason := forked(lambda: go_on(code[0], 0), 900): raise SystemExit(f'{path.name} fails unchanged: {reason}')
+    if reason := forked(lambda: go_on(code[0], 0), 1800): raise SystemExit(f'{path.name} fails unchanged: {reason}')
     seconds = 20 + 3 * (time.time() - start)
     for at, cell in enumerate(code):
+        replace_folder(kept, temporary)
         for mutant in list(chosen):
             if (changed := mutated(cell, mutant)) is None: continue
             chosen.remove(mutant)
-            report(mutant, forked(lambda: go_on(changed, at), seconds))
+            reason = forked(lambda: go_on(changed, at), seconds)
+            replace_folder(temporary, kept)
+            report(mutant, reason)
         execute(cell, main.__dict__, f'{path.stem}[{at}]')
     if chosen: raise SystemExit(f'{path.name} has no cell with {chosen[0]["before"][:80]!r}: export first')
 
@@ -176,7 +187,7 @@ def main():
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--pytest', nargs='*', default=[], metavar='FILE', help='tried on what survives the notebook')
     args = parser.parse_args()
-    out = os.fdopen(os.dup(1), 'w')
+    out, folder = os.fdopen(os.dup(1), 'w'), tempfile.TemporaryDirectory()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1); os.dup2(1, 2)  # what cells print
     say = lambda text: print(text, file=out, flush=True)
     known, each, shares = EQUIVALENT.read_text(), -(-args.number // len(args.modules)), []
@@ -189,7 +200,7 @@ def main():
             same = f'| {module} | `{before}` | `{after}` |' in known
             results.append(reason or ('equivalent' if same else run_pytest(mutant, args.pytest) or '**survived**'))
             say(f"| {module}:{mutant['line']} {mutant['name']} | `{before}` | `{after}` | {results[-1]} |")
-        run_notebook(module, random.Random(f'{args.seed} {module}').sample(possible, number), report)
+        run_notebook(module, random.Random(f'{args.seed} {module}').sample(possible, number), report, folder.name)
         alive, same = (results.count(what) for what in ('**survived**', 'equivalent'))
         shares.append((module, number - same - alive, number - same, same, len(possible)))
     say('\n| module | killed | of | equivalent | possible |\n|---|---|---|---|---|')
