@@ -70,20 +70,22 @@ def retrieved(
     decoder: Decoder,
     library: Tensor,  # (R, T, D) contexts to try, as all of a table
     demos: tuple[Tensor, Tensor, Tensor],  # inputs and labels (Q, K, S), mask (Q, K)
+    keep: int = 64,  # of the library: those with the least loss on a query's first demonstration are tried on the others
     batch_size: int = 1024,  # demonstrations decoded at once
 ) -> Tensor:  # (Q,) int64, which of the library
     "The context that answers most demonstrations of each query; of several the one with the least loss."
     if decoder.config.crop is not None: raise ValueError('retrieval tries contexts on the whole canvas: use a decoder without crop')
+    def tried(contexts, x, y):  # (N, T, D), (k, S), (k, S): right and loss, (N, k) each
+        y, k = y.repeat(len(contexts), 1), len(x)
+        logits = last_step(decoder, x.repeat(len(contexts), 1), contexts.repeat_interleave(k, 0), batch_size=batch_size)[0]
+        right = ((logits.argmax(-1) == y) | (y < 0)).all(-1)
+        return right.view(-1, k), stablemax_cross_entropy(logits, y).view(-1, k)
     found = []
     for inputs, labels, mask in tqdm(list(zip(*demos)), desc='retrieval', mininterval=1, disable=len(demos[0]) < 2):
-        x, y, R = inputs[mask], labels[mask], len(library)  # (k, S)
-        k = len(x)
-        logits = last_step(decoder, x.repeat(R, 1), library.repeat_interleave(k, 0), batch_size=batch_size)[0]
-        y = y.repeat(R, 1)
-        right = ((logits.argmax(-1) == y) | (y < 0)).all(-1).view(R, k).sum(1)
-        loss = stablemax_cross_entropy(logits, y).view(R, k).mean(1)
-        best = torch.where(right == right.max(), loss, torch.inf)
-        found.append(best.argmin())
+        x, y = inputs[mask], labels[mask]  # (k, S)
+        best = tried(library, x[:1], y[:1])[1][:, 0].argsort(stable=True)[:keep]
+        right, loss = (v.sum(1) for v in tried(library[best], x, y))
+        found.append(best[torch.where(right == right.max(), loss, torch.inf).argmin()])
     return torch.stack(found)
 
 # %% ../nbs/api/18_searching.ipynb #37e238df
