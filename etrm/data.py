@@ -18,6 +18,7 @@ from typing import Iterator
 
 import numpy as np
 
+from .files import file_size
 from .grids import IGNORE_LABEL, PAD, TRANSPOSES, VOCAB_SIZE, Augmentation, augment_tokens, grid_to_tokens, token_sizes, translate_tokens
 from .tasks import Task, check_fits, read_json
 
@@ -303,6 +304,7 @@ def check_about(about, folder: Path):
 
 def read_array(file: Path) -> np.ndarray:
     "An array of whole numbers; the file is seen to hold them all before memory is taken, and no object in it is made."
+    file_size(file)
     try: found = np.lib.format.open_memmap(file, mode='r')
     except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error: raise ValueError(f'{file} is not a readable array ({str(error)[:200]}): write the dataset again') from error
     if found.dtype.kind not in 'iu': raise ValueError(f'{file} holds {found.dtype}, not whole numbers')

@@ -15,30 +15,35 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .grids import VOCAB_SIZE
-from .layers import Block, linear, rotary_tables, truncated_normal_
+from .layers import Block, check_size, linear, rotary_tables, truncated_normal_
 from .settings import Settings
 
 # %% ../nbs/api/05_decoder.ipynb #6669378b
 class DecoderConfig(Settings):
     "Sizes of the decoder; the defaults are the official ones for ARC-AGI."
-    canvas: int = Field(30, ge=1, description='side of the square canvas; seq_len S = canvas**2')
-    vocab_size: int = Field(VOCAB_SIZE, ge=2)
-    hidden_size: int = Field(512, ge=2, description='D, width of every token')
-    num_heads: int = Field(8, ge=1)
-    expansion: float = Field(4, gt=0, description='of the SwiGLU')
-    L_layers: int = Field(2, ge=1, description='blocks in f')
-    H_cycles: int = Field(3, ge=1)
-    L_cycles: int = Field(4, ge=1)
-    puzzle_emb_len: int = Field(16, ge=1, description='T, context tokens')
-    halt_max_steps: int = Field(16, ge=1, description='supervision steps')
+    canvas: int = Field(30, ge=1, le=100, description='side of the square canvas; seq_len S = canvas**2')
+    vocab_size: int = Field(VOCAB_SIZE, ge=2, le=256)
+    hidden_size: int = Field(512, ge=2, le=2**15, description='D, width of every token')
+    num_heads: int = Field(8, ge=1, le=2**15)
+    expansion: float = Field(4, gt=0, le=1000, description='of the SwiGLU')
+    L_layers: int = Field(2, ge=1, le=1000, description='blocks in f')
+    H_cycles: int = Field(3, ge=1, le=1000)
+    L_cycles: int = Field(4, ge=1, le=1000)
+    puzzle_emb_len: int = Field(16, ge=1, le=10_000, description='T, context tokens')
+    halt_max_steps: int = Field(16, ge=1, le=1000, description='supervision steps')
     halt_exploration_prob: float = Field(.1, ge=0, le=1)
     forward_dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
-    crop: int | None = Field(None, ge=1, description='compute only the rectangle that a sample\'s query and demonstrations fill, its sides rounded up to multiples of this; None: the whole canvas, as the official program')
+    crop: int | None = Field(None, ge=1, le=100, description='compute only the rectangle that a sample\'s query and demonstrations fill, its sides rounded up to multiples of this; None: the whole canvas, as the official program')
 
     @model_validator(mode='after')
     def _head_width(self):
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(f'hidden_size {self.hidden_size} must be a multiple of 2 * num_heads = {2 * self.num_heads}')
+        return self
+
+    @model_validator(mode='after')
+    def _fits_a_machine(self):
+        check_size(self.hidden_size, self.expansion, self.L_layers, self.seq_len + self.puzzle_emb_len)
         return self
 
     @property

@@ -10,25 +10,25 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .grids import PAD, VOCAB_SIZE
-from .layers import Block, linear, masked_attention, rms_norm, rotary_tables, truncated_normal_
+from .layers import Block, check_size, linear, masked_attention, rms_norm, rotary_tables, truncated_normal_
 from .settings import Settings
 
 # %% ../nbs/api/07_encoders.ipynb #9d3f9555
 class EncoderConfig(Settings):
     "Settings of a demonstration encoder; the defaults are the report's."
-    canvas: int = Field(30, ge=1, description='side of the square canvas')
-    vocab_size: int = Field(VOCAB_SIZE, ge=2)
-    hidden_size: int = Field(512, ge=2, description="D, the decoder's width")
-    puzzle_emb_len: int = Field(16, ge=1, description='T, context tokens')
-    encoder_hidden_size: int = Field(0, ge=0, description="width inside the encoder; 0 takes the decoder's")
-    num_heads: int = Field(8, ge=1)
-    expansion: float = Field(4, gt=0)
-    encoder_num_layers: int = Field(2, ge=1, description='blocks over the cells of a pair')
-    encoder_set_layers: int = Field(1, ge=1, description='blocks of cross-attention over the pairs')
+    canvas: int = Field(30, ge=1, le=100, description='side of the square canvas')
+    vocab_size: int = Field(VOCAB_SIZE, ge=2, le=256)
+    hidden_size: int = Field(512, ge=2, le=2**15, description="D, the decoder's width")
+    puzzle_emb_len: int = Field(16, ge=1, le=10_000, description='T, context tokens')
+    encoder_hidden_size: int = Field(0, ge=0, le=2**15, description="width inside the encoder; 0 takes the decoder's")
+    num_heads: int = Field(8, ge=1, le=2**15)
+    expansion: float = Field(4, gt=0, le=1000)
+    encoder_num_layers: int = Field(2, ge=1, le=1000, description='blocks over the cells of a pair')
+    encoder_set_layers: int = Field(1, ge=1, le=1000, description='blocks of cross-attention over the pairs')
     cells: Literal['sequence', 'paired'] = Field('sequence', description='sequence: the input grid, then the output grid, 2S places; paired: S places, each of which shows input and output')
     positions: Literal['rotary', 'learned'] = Field('rotary', description='learned: beside the rotary places, a learned vector for each')
     recurrent: bool = Field(False, description='share the weights of the cell blocks over depth')
@@ -39,6 +39,11 @@ class EncoderConfig(Settings):
     variational: Literal['none', 'pair', 'set'] = 'none'
     kl_weight: float = Field(1e-4, ge=0)
     output: Literal['rms', 'matched', 'covariance'] = Field('rms', description="rms: root mean square 1; matched: the mean and scale of the table's contexts; covariance: their mean and whole covariance")
+
+    @model_validator(mode='after')
+    def _fits_a_machine(self):
+        check_size(self.width, self.expansion, self.encoder_num_layers + self.encoder_set_layers, self.canvas**2 + self.puzzle_emb_len)
+        return self
 
     @property
     def width(self) -> int: return self.encoder_hidden_size or self.hidden_size

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import load_checkpoint, read_plain_yaml, sha256, weights_file
-from .configs import ExperimentConfig, load_config
+from .configs import ExperimentConfig, beside, load_config
 from .contexts import mean, shuffled
 from .data import Stream, puzzle_data
 from .decoder import Decoder
@@ -53,6 +53,15 @@ class Study(Settings):
         every = sorted({s for v in self.variants for s in self.seeds_of.get(v, self.seeds)})
         yield from ((v, s) for s in every for v in self.variants if s in self.seeds_of.get(v, self.seeds))
 
+    def check_asked(self,
+        variants: list[str] | None,  # only these; None: all
+        seeds: list[int] | None,
+    ):
+        "Raise where a variant or a seed is asked for that the study does not have."
+        for variant in variants or (): self.config(variant, 0)
+        there = sorted({seed for variant, seed in self.runs() if not variants or variant in variants})
+        if strange := sorted({*(seeds or ())} - {*there}): raise ValueError(f'study {self.name} has no seed {strange[0]}' + (f' of {", ".join(variants)}' if variants else '') + f'; there are {", ".join(map(str, there))}')
+
     def config(self, variant: str, seed: int) -> ExperimentConfig:
         "The configuration of one run, before equal compute."
         if variant not in self.variants: raise ValueError(f'study {self.name} has no variant {variant!r}; there are {", ".join(self.variants)}')
@@ -66,6 +75,7 @@ def load_study(
     file = Path(name) if str(name).endswith('.yaml') else files('etrm').joinpath('configs', 'studies', f'{name}.yaml')
     if not file.is_file(): raise ValueError(f'there is no study {str(name)!r}; there are {", ".join(study_names())}')
     study = Study.model_validate(read_plain_yaml(file))
+    study = study.with_(base=str(beside(Path(file).resolve(), study.base)))
     unknown = study.seeds_of.keys() - study.variants.keys()
     if unknown: raise ValueError(f'study {name}: seeds_of names {sorted(unknown)}, which are no variants')
     for variant in study.variants: study.config(variant, 0)
@@ -107,7 +117,7 @@ def run_study(
 ) -> list[dict]:  # the rows of all finished runs, of earlier calls as well
     "Train and measure what is not finished yet."
     folder, base = Path(folder), load_config(study.base, overrides)
-    for variant in variants or (): study.config(variant, 0)  # an unknown one is an error
+    study.check_asked(variants, seeds)
     for variant, seed in study.runs():
         if (variants and variant not in variants) or (seeds is not None and seed not in seeds): continue
         out = folder / f'{variant}-{seed}'

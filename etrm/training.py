@@ -92,7 +92,7 @@ def clip_gradients(
 class TrainConfig(Settings):
     "Settings of a run of the loop."
     steps: int = Field(1000, ge=1, description='updates, each one supervision step of a batch')
-    global_batch_size: int = Field(128, ge=1)
+    global_batch_size: int = Field(128, ge=1, le=10**6)
     seed: int = 0
     freeze_decoder: bool = False
     compile: bool = Field(False, description="torch.compile the decoder's blocks; needs a C++ compiler on CPU")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from .files import new_file
+from .files import file_size, new_file
 from .grids import COLOUR_OFFSET, INVERSE_DIHEDRAL, Augmentation, augment_tokens, grid_to_tokens, token_sizes
 from .tasks import Task
 
@@ -80,6 +80,7 @@ def load_predictions(
     path: str | Path,  # an .npz written by `save_predictions`
 ) -> Predictions:
     "Read predictions from an .npz; pickled objects are refused"
+    file_size(path)
     try:
         with np.load(path, allow_pickle=False) as f:
             return Predictions(f['names'].tolist(), f['inputs'], f['outputs'], f['q_halt'], int(f['canvas']))

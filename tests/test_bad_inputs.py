@@ -346,7 +346,7 @@ def test_fuzzed_official_configuration_takes_no_memory_and_only_raises_checkpoin
     finally: file.write_bytes(good)
 
 
-@pytest.mark.parametrize('change, said', [({'L_layers': 10**9}, 'layers over'), ({'canvas': 10**6}, 'tokens'), ({'hidden_size': 2**20}, 'decoder.hidden_size contradicts the weights'), ({'H_cycles': -1}, 'does not describe a decoder'), ({'canvas': [3]}, 'does not describe a decoder')])
+@pytest.mark.parametrize('change, said', [({'L_layers': 10**9}, 'less than or equal to 1000'), ({'L_layers': 999}, 'asks for 999 layers'), ({'canvas': 10**6}, 'less than or equal to 100'), ({'canvas': 100}, '10,002 tokens'), ({'hidden_size': 2**20}, 'less than or equal to 32768'), ({'hidden_size': 2**12}, 'decoder.hidden_size contradicts the weights'), ({'H_cycles': -1}, 'does not describe a decoder'), ({'canvas': [3]}, 'does not describe a decoder')])
 def test_configuration_that_asks_for_too_much(saved, change, said):
     (saved / 'SHA256SUMS').unlink()
     (saved / 'config.yaml').write_text(yaml.safe_dump(dict(decoder=SIZES.model_dump() | change)))
