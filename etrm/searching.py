@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['demonstrations_right', 'demonstrations', 'search_rate', 'search_tasks', 'oracle', 'contexts_on_the_way',
-           'search_curves', 'measured_views', 'side_by_side', 'format_side_by_side', 'searched_table']
+           'search_curves', 'measured_views', 'side_by_side', 'same_sets', 'format_side_by_side', 'searched_table']
 
 # %% ../nbs/api/18_searching.ipynb #405e6003
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from .contexts import PuzzleEmbedding, demo_extents, search, shuffled
 from .data import PuzzleData, eval_batches, puzzle_data, to_labels
 from .decoder import Decoder, last_step
 from .evaluation import clopper_pearson, pass_at_k, submission
-from .experiment import answer, check_names, contexts_of, load_encoder, measured_row, measures
+from .experiment import answer, check_names, contexts_of, digest, load_encoder, measured_row, measures
 from .files import markdown_table
 from .grids import Augmentation
 from .losses import stablemax_cross_entropy
@@ -120,7 +121,7 @@ def oracle(
         start = table.contexts().mean(0, keepdim=True).expand(len(b['inputs']), -1, -1)
         for what, pairs in fitted.items():
             def watch(step, contexts):
-                if step in marks: rows.append(measured_row(measures(decoder, data, contexts), set=name, fitted_to=what, steps=step))
+                if step in marks: rows.append(measured_row(measures(decoder, data, contexts), set=name, tasks_sha256=digest(tasks), fitted_to=what, steps=step))
             search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch, extent=b['extent'][:, None] if what == 'answer' and 'extent' in b else None)
     return rows
 
@@ -179,7 +180,7 @@ def measured_views(decoder: Decoder, data: PuzzleData, demos: tuple[Tensor, Tens
     "Measures of the queries in their own view; where there are more, also which of them the most voted answer solves, of all views and of the best."
     predictions, right = answer(decoder, data, contexts), demonstrations_right(decoder, demos, contexts)
     own = np.array(['|||' not in name for name in predictions.names])
-    row = measured_row({k: v[own] for k, v in measures(decoder, data, contexts).items()}, **about) | dict(demonstrations=right[own].tolist())
+    row = measured_row({k: v[own] for k, v in measures(decoder, data, contexts).items()}, **about, tasks_sha256=digest(tasks)) | dict(demonstrations=right[own].tolist())
     if own.all(): return row
     scores, best = (pass_at_k(vote(some, tasks), tasks, (1, 2)) for some in (predictions, of_best_views(predictions, right)))
     first = lambda scores: [int(hit) for task in scores.first for hit in task]
@@ -194,16 +195,27 @@ def side_by_side(
     views: int = 1,  # of each task: with more than its own one, a line more for each run, without search
 ) -> dict[str, list[dict]]:  # rows of `search_curves` by run; of the views, the answer voted by the best
     "Encoders on the same tasks, without search and with it, each at its own train.search_lr."
-    found = {}
-    for name, checkpoint in checkpoints.items():
-        decoder, encoder, config = load_encoder(checkpoint)
-        config = config.with_(tasks=dict(max_eval_groups=groups))
-        sets = make_task_sets(config)[1]
+    found, encoders = {}, {name: load_encoder(checkpoint) for name, checkpoint in checkpoints.items()}
+    asked = {name: make_task_sets(config.with_(tasks=dict(max_eval_groups=groups)))[1] for name, (_, _, config) in encoders.items()}
+    same = same_sets(asked)
+    for name, (decoder, encoder, config) in encoders.items():
+        sets = {on: asked[name][on] for on in same}
         found[name] = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, marks, ('encoder',), rule=config.train.search_rule)
         if views == 1: continue
         voted = search_curves(decoder, encoder, None, sets, config.num_demos, 0, marks=(0,), starts=('encoder',), num_aug=views - 1)
         found[f'{name}, best of {views} views'] = [r | dict(zip(('solved', 'n', 'low', 'high'), (sum(bits := r['best_voted']), len(bits), *clopper_pearson(sum(bits), len(bits))))) for r in voted]
     return found
+
+
+def same_sets(
+    asked: dict[str, dict[str, list[Task]]],  # evaluation sets of each run
+) -> list[str]:  # names of those that are of the same tasks in all runs
+    "Only what was asked the same can stand side by side; what cannot is named."
+    names = list(dict.fromkeys(name for sets in asked.values() for name in sets))
+    same = [name for name in names if len({digest(sets[name]) if name in sets else None for sets in asked.values()}) == 1]
+    if not same: raise ValueError(f'{", ".join(asked)} have no evaluation set of the same tasks: they cannot be compared')
+    if left := [name for name in names if name not in same]: warnings.warn(f'not of the same tasks in all runs, and left out: {", ".join(left)}')
+    return same
 
 
 def format_side_by_side(found: dict[str, list[dict]]) -> str:  # a Markdown table
