@@ -332,21 +332,22 @@ def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of 
 
 @command
 def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, min=0, help='Gradient steps.'), lr: float = RATE, rule: str = RULE,
-                  starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas; shuffled, the context of another task, is one more.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
+                  starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas; two more: shuffled, the encoder\'s context for another task, and retrieved, the embedding of the table that answers most demonstrations.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
                   sets: str = typer.Option(None, help='Only these sets, separated by commas; validation and validation compositions, on which settings are chosen, are two more.'),
                   views: int = typer.Option(1, min=1, max=MOST_VIEWS, help='Views of each task, its own and augmented ones: each is searched by itself, and they vote: all of them, and those that answer most demonstrations.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
     asked, marks = names_of(starts, '--starts'), tuple(sorted({m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m < steps} | {steps}))
     frozen, encoder, config = experiment.load_encoder(checkpoint)
-    table = experiment.table_for(frozen, decoder) if {'mean', 'noise'} & set(asked) else None
+    table = experiment.table_for(frozen, decoder) if {'mean', 'noise', 'retrieved'} & set(asked) else None
+    trained = [config] + ([tables.configuration_for(decoder)] if table is not None else [])
     config = config.with_(tasks=dict(max_eval_groups=groups))
     lr, rule = config.train.search_lr if lr is None else lr, rule or config.train.search_rule
     with new_file(out) as write:
         chosen = chosen_sets(sets_with_validation(config, sets), sets)
-        rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, lr, marks, tuple(asked), views - 1, rule)
-        voted = lambda r: f"{sum(r['voted'])} of {len(r['voted'])}" if 'voted' in r else ''
-        cells = ([r['set'], r['start'], r['steps'], interval(r), f"{r['accuracy']:.1%}", voted(r), r['seconds']] for r in rows)
-        print(json.dumps(rows) if as_json else markdown_table(['set', 'start', 'steps', 'exact (95% interval)', 'cells', f'of {views} views, voted', 'seconds'], cells))
+        rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, lr, marks, tuple(asked), views - 1, rule, task_sets.newness(*trained))
+        voted = lambda r, key: f"{sum(1 for hit in r[key] if hit)} of {sum(hit is not None for hit in r[key])}" if key in r else ''
+        cells = ([r['set'], r['start'], r['steps'], interval(r), f"{r['accuracy']:.1%}", voted(r, 'voted'), voted(r, 'new_voted'), r['seconds']] for r in rows)
+        print(json.dumps(rows) if as_json else markdown_table(['set', 'start', 'steps', 'exact (95% interval)', 'cells', f'of {views} views, voted', 'new views only', 'seconds'], cells))
         write(json.dumps(rows))
 
 
@@ -483,10 +484,10 @@ def compare_contexts(checkpoint: Path = typer.Argument(..., help='Checkpoint of 
 
 @command
 def scenario(folder: Path = typer.Argument(..., help='Folder of a finished run.'), as_json: bool = AS_JSON):
-    "The scenario verdict of a finished run, from its record and results. Example: etrm scenario runs/cfg_test_frozen_decoder-001"
+    "The scenario verdict of a finished run, from its record and results: on tasks that are new under all their views, and on all. Example: etrm scenario runs/cfg_test_frozen_decoder-001"
     settings = {k: v for k, v in read_config(folder).items() if k != 'decoder_checkpoint'}
-    verdict = experiment.verdict_of(ExperimentConfig.saved(settings), read_record(folder), read_json(folder / 'results.json'))
-    print(json.dumps(verdict.as_dict()) if as_json else verdict)
+    verdicts = experiment.verdicts_of(ExperimentConfig.saved(settings), read_record(folder), read_json(folder / 'results.json'))
+    print(json.dumps(experiment.verdict_file(verdicts)) if as_json else experiment.say_verdicts(verdicts))
 
 
 @command

@@ -8,8 +8,8 @@ __all__ = ['AMONG', 'new_table', 'pretrain', 'save_first', 'save_last', 'found_a
            'copy_answers', 'score', 'rate', 'solved_among', 'evaluate', 'format_results', 'opening_updates',
            'train_encoder', 'new_encoder', 'regress_on_rows', 'held_near_rows', 'resume_regression', 'RowLosses',
            'check_decoder', 'gallery_rows', 'run', 'is_trained', 'known_puzzles', 'through', 'check_rows', 'check_ends',
-           'check_sets', 'rows_with_a_loss', 'verdict_of', 'write_results', 'write_verdict', 'load_encoder',
-           'table_for', 'compare_contexts']
+           'check_sets', 'rows_with_a_loss', 'verdict_of', 'verdicts_of', 'verdict_file', 'say_verdicts', 'closing',
+           'write_results', 'write_verdict', 'load_encoder', 'table_for', 'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
@@ -39,10 +39,9 @@ from .grids import PAD
 from .losses import trm_loss
 from .optim import AdamATan2, lr_scale
 from .plots import plot_contexts, plot_curves, plot_gallery, plot_results
-from .rules import Rule
 from .runs import Run, differences, filled, open_run, resumed, settings_of
 from .novelty import bits_by_task, new_under_all, of_new_views
-from .task_sets import make_task_sets, training_rules, validation_tasks, which_are_new
+from .task_sets import make_task_sets, newness, validation_tasks
 from .tasks import Task
 from .tracking import new_run_folder
 from .training import Faults, Stopped, Trainer, context_of, context_statistics, finishing, grad_norm, insisting, paced, random_state, set_random_state, to_tensors
@@ -288,25 +287,29 @@ def evaluate(
     table: PuzzleEmbedding | None,  # answers on the training tasks, which it has rows for
     sets: dict[str, list[Task]],
     known: PuzzleData | None = None,  # what the table was trained on; needed with a table
-    trained_on: list[Rule] | None = None,  # rules that the encoder or the decoder was trained on; None: those of the configuration
+    new: Callable | None = None,  # from `newness`; None: to what this configuration trains on
 ) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results; the encoder's votes by set
     "Score the encoder and everything it must beat, on every evaluation set."
     rows, votes, e = [], {}, config.evaluation
-    rules = trained_on or training_rules(config)
+    new = new or newness(config)
     for name, tasks in sets.items():
+        beside = e.others and name != e.decides
+        if beside: tasks = tasks[:e.others]
         data = puzzle_data(tasks, decoder.config.canvas, e.num_aug, config.tasks.seed)
-        new = which_are_new(name, data, config.tasks.source, rules)
+        views = new(name, data)
         contexts, groups = contexts_of(encoder, data, config.num_demos, e.batch_size)
-        row, votes[name] = score(name, 'encoder', answer(decoder, data, contexts, e.batch_size), tasks, new)
+        row, votes[name] = score(name, 'encoder', answer(decoder, data, contexts, e.batch_size), tasks, views)
         rows.append(row)
         for control, change in CONTROLS.items():
+            if beside and control != 'shuffled': continue
             torch.manual_seed(config.tasks.seed)
-            rows.append(score(name, control, answer(decoder, data, change(contexts, groups), e.batch_size), tasks, new)[0])
-        rows.append(score(name, 'copy', copy_answers(data), tasks, new)[0])
+            rows.append(score(name, control, answer(decoder, data, change(contexts, groups), e.batch_size), tasks, views)[0])
+        rows.append(score(name, 'copy', copy_answers(data), tasks, views)[0])
         if table is not None and name == 'training tasks':
             own = own_views(tasks, known, decoder.config.canvas)
             check_names(table.names, own, 'the table')
-            rows.append(score(name, 'table', answer(decoder, own, contexts_of(table, own, 0)[0], e.batch_size), tasks, {view: new[view] for view in own.names})[0])
+            answers = answer(decoder, own, contexts_of(table, own, 0)[0], e.batch_size)
+            rows.append(score(name, 'table', answers, tasks, {view: views[view] for view in own.names})[0])
     return rows, votes
 
 
@@ -524,10 +527,10 @@ def run(
         from_first(lambda: write_results(folder, config, contexts, sets, record.rows, rows, votes))
         scores = next(r for r in rows if r['set'] == config.evaluation.decides and r['method'] == 'encoder')['pass_at_k']
         if not any(scores.keys() <= row.keys() for row in record.rows): record(config.train.steps, scores)
-        verdict = verdict_of(config, record.rows, rows)  # whatever it says, the results are there
-        from_first(lambda: write_verdict(folder, verdict))
+        verdicts = verdicts_of(config, record.rows, rows)  # whatever it says, the results are there
+        from_first(lambda: write_verdict(folder, verdicts))
         if record.wandb_run is not None: record.wandb_run.results(folder, rows)
-    say(f'\ntasks solved at the first answer (95% interval), {config.train.steps} updates of {config.train.global_batch_size}, seed {config.train.seed}:\n\n{format_results(rows)}\n\n{verdict}\n\nwritten to {folder}')
+    say(f'\n{closing(config, rows, verdicts, folder)}')
     return folder
 
 # %% ../nbs/api/18_experiment.ipynb #7d6a2b3a
@@ -599,6 +602,47 @@ def verdict_of(
     return scenario(record, solved['encoder'], {m: solved[m] for m in (*CONTROLS, 'copy') if m in solved})
 
 
+def verdicts_of(
+    config: ExperimentConfig,
+    record: list[dict],
+    rows: list[dict],
+) -> dict[str, Verdict]:  # by keys of AMONG, the one to go by first
+    "The verdict on tasks that are new under all their views, and the verdict on all tasks."
+    decisive = [r for r in rows if r['set'] == config.evaluation.decides]
+    says = all('new_views' in r for r in decisive) and decisive
+    among = [a for a in ('new tasks', 'all views') if a == 'all views' or says and len(solved_among(decisive[0], a)) > 1]
+    return {a: verdict_of(config, record, rows, a) for a in among}
+
+
+def verdict_file(verdicts: dict[str, Verdict]) -> dict:
+    "The first verdict as plain values, the others below it."
+    (among, first), *rest = verdicts.items()
+    return first.as_dict() | dict(among=among, others={a: v.as_dict() for a, v in rest})
+
+
+def say_verdicts(verdicts: dict[str, Verdict]) -> str:
+    "The first verdict with its evidence, the others in a line each."
+    (among, first), *rest = verdicts.items()
+    lines = [f'On {AMONG[among]}:', str(first)]
+    if among == 'all views': lines += ['Which views are new is not known of these results: evaluate the checkpoint again for a verdict on new tasks.'] if not rest else []
+    return '\n'.join(lines + [f'On {AMONG[a]}: scenario {v.scenario}, {v.evidence[-1].measured}' for a, v in rest])
+
+
+def closing(config: ExperimentConfig, rows: list[dict], verdicts: dict[str, Verdict], folder: Path) -> str:
+    "What was asked, the table, the verdict, where the figures are, what to try next: one screen."
+    c, decides = config.train, config.evaluation.decides
+    again = [r | rate(solved_among(r, 'new tasks').values()) | dict(set=f'{decides}, new') for r in rows if r['set'] == decides and 'new tasks' in verdicts]
+    return f"""Does the encoder steer the {'frozen' if c.freeze_decoder else 'trained'} decoder to tasks that neither has seen? ({c.steps} updates of {c.global_batch_size}, seed {c.seed})
+Tasks solved at the first answer, {config.evaluation.num_aug + 1} views voting (95% interval); '{decides}, new' are those without a training rule among their views:
+
+{format_results(again + rows)}
+
+{say_verdicts(verdicts)}
+
+Figures, results, record and checkpoint: {folder}
+Next: make lab (look inside), etrm run --help (another setting), etrm scenario {folder} (this verdict)"""
+
+
 def write_results(folder, config, contexts, sets, record, rows, votes):
     "Everything that a run leaves behind but its record, checkpoint and verdict."
     (folder / 'results.json').write_text(json.dumps(rows, indent=1))
@@ -610,9 +654,10 @@ def write_results(folder, config, contexts, sets, record, rows, votes):
     for name, figure in figures.items(): figure.savefig(folder / 'figures' / f'{name}.png', dpi=110)
 
 
-def write_verdict(folder: Path, verdict: Verdict):
+def write_verdict(folder: Path, verdicts: dict[str, Verdict]):
     "The last file of a run: it says that the run is finished."
-    with new_file(folder / 'verdict.json') as write: write(json.dumps(verdict.as_dict(), indent=1))
+    with new_file(folder / 'verdict.json') as write: write(json.dumps(verdict_file(verdicts), indent=1))
+
 
 # %% ../nbs/api/18_experiment.ipynb #ddb529f3
 def load_encoder(
