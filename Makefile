@@ -7,9 +7,10 @@ TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=disabled MPLBACKEND=agg
 
 .PHONY: run test lab docs test-browser readme export clean
 
-run: $(VENV)/.installed        ## environment; the frozen-decoder experiment; the report's encoder and the best one side by side
-	$(BIN)/etrm run
-	$(BIN)/etrm side-by-side "$$(ls -dt runs/cfg_test_frozen_decoder-* | head -1)" checkpoints/lab_rows_held --views 32 --out runs/side_by_side.png
+run: $(VENV)/.installed        ## environment; the report's experiment, to a verdict on 400 tasks; then what the best encoder adds to a search
+	$(BIN)/etrm run cfg_test_frozen_decoder tasks.max_eval_groups=400 evaluation.others=50
+	@echo 'What an encoder that is fitted to the embeddings adds to a search (one view, instances):'
+	$(BIN)/etrm search-curves checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets instances --starts encoder,mean --steps 20
 
 test: $(VENV)/.installed-dev   ## environment, then: nothing differs after export, notebooks, pytest
 	$(BIN)/python tests/check_exported.py
