@@ -34,6 +34,7 @@ from .decoder import DecoderConfig
 from .distributed import from_first, is_first, processes
 from .evaluation import no_answers, score_submission
 from .files import new_file, new_folder, markdown_table, plain, plain_lines, takes_any_text
+from .novelty import bits_of_inputs
 from .official import export_official
 from .plots import plot_search, png
 from .runs import open_run, resumed, settings_of
@@ -243,7 +244,7 @@ def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or
     c = through(decoder, config, overrides)
     marks = tuple(sorted({m for m in (0, 5, 20, 50, 100, 200, 400) if m < steps} | {steps}))
     with new_file(out) as write:
-        rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks)
+        rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks, task_sets.newness(c))
         cells = ([r['set'], r['fitted_to'], r['steps'], interval(r), f"{r['accuracy']:.1%}", f"{r['lm_loss']:.3f}"] for r in rows)
         print(json.dumps(rows) if as_json else markdown_table(['set', 'fitted to', 'steps', 'exact (95% interval)', 'cells', 'loss'], cells))
         write(json.dumps(rows))
@@ -367,7 +368,9 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     with new_file(out) as write:
         chosen = chosen_sets(sets_with_validation(config, sets), sets)
         if compiled: frozen.L_level.compile()
-        found = [r for name, tasks in chosen.items() for r in chains.chain_rows(frozen, second, library, tasks, config.num_demos, lr, planned, set=name, start=start, rows=len(library))]
+        new = task_sets.newness(config, tables.configuration_for(decoder))
+        bits = {name: bits_of_inputs(new(name, puzzle_data(tasks, config.decoder.canvas)), tasks) for name, tasks in chosen.items()}
+        found = [r for name, tasks in chosen.items() for r in chains.chain_rows(frozen, second, library, tasks, config.num_demos, lr, planned, set=name, new_views=bits[name], start=start, rows=len(library))]
         cells = ([r['set'], r['start'], r['steps'], interval(r)] for r in found)
         print(json.dumps(found) if as_json else markdown_table(['set', 'second contexts', 'steps', 'solved (95% interval)'], cells))
         write(json.dumps(found))

@@ -27,7 +27,7 @@ from .experiment import answer, check_names, contexts_of, digest, load_encoder, 
 from .files import markdown_table
 from .grids import Augmentation
 from .losses import stablemax_cross_entropy
-from .novelty import bits_by_task, of_new_views
+from .novelty import bits_of_inputs
 from .task_sets import make_task_sets, newness
 from .tasks import Task
 from .training import to_tensors
@@ -139,6 +139,7 @@ def oracle(
     steps: int = 200,  # gradient steps
     lr: float = .05,
     marks: tuple[int, ...] = (0, 5, 20, 50, 100, 200),  # numbers of steps after which the queries are answered
+    new: Callable | None = None,  # from `newness`; None: not asked
 ) -> list[dict]:  # a row for each set, what was fitted to, and mark: measures of the queries
     "How many tasks some context reaches, found by gradient descent."
     rows = []
@@ -148,9 +149,10 @@ def oracle(
         fitted = {'demonstrations': (b['demo_inputs'], torch.from_numpy(to_labels(b['demo_labels'].numpy())), b['demo_mask']),
                   'answer': (b['inputs'][:, None], b['labels'][:, None], torch.ones(len(b['inputs']), 1, dtype=torch.bool))}
         start = table.contexts().mean(0, keepdim=True).expand(len(b['inputs']), -1, -1)
+        about = dict(set=name, tasks_sha256=digest(tasks)) | (dict(new_views=bits_of_inputs(new(name, data), tasks)) if new else {})
         for what, pairs in fitted.items():
             def watch(step, contexts):
-                if step in marks: rows.append(measured_row(measures(decoder, data, contexts), set=name, tasks_sha256=digest(tasks), fitted_to=what, steps=step))
+                if step in marks: rows.append(measured_row(measures(decoder, data, contexts), **about, fitted_to=what, steps=step))
             search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch, extent=b['extent'][:, None] if what == 'answer' and 'extent' in b else None)
     return rows
 
@@ -221,7 +223,7 @@ def measured_views(
     predictions, right = answer(decoder, data, contexts), demonstrations_right(decoder, demos, contexts)
     own = np.array(['|||' not in name for name in predictions.names])
     row = measured_row({k: v[own] for k, v in measures(decoder, data, contexts).items()}, **about, tasks_sha256=digest(tasks)) | dict(demonstrations=right[own].tolist())
-    if new is not None: row |= dict(new_views=[bits for t in tasks for bits in [bits_by_task(new)[t.name]] * len(t.test)])
+    if new is not None: row |= dict(new_views=bits_of_inputs(new, tasks))
     if own.all(): return row
     best = of_best_views(predictions, right)
     row |= dict(views=len(data.names) // len(tasks)) | voted_first('voted', predictions, tasks) | voted_first('best_voted', best, tasks)

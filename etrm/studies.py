@@ -31,7 +31,8 @@ from .files import new_file
 from .runs import Run, check_place, check_settings, open_run, settings_of
 from .searching import search_curves
 from .settings import Settings
-from .task_sets import make_task_sets
+from .novelty import bits_of_inputs
+from .task_sets import make_task_sets, newness
 from .tasks import read_json
 from .training import Trainer
 
@@ -191,12 +192,13 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
     data = puzzle_data(tasks, decoder.config.canvas)
     contexts, groups = contexts_of(source, data, config.num_demos, config.evaluation.batch_size)
     kinds = {'encoder': contexts, 'mean': mean(contexts, groups), 'shuffled': shuffled(contexts, groups)}
-    return [measured_row(measures(decoder, data, c, config.evaluation.batch_size), **about, set=name, tasks_sha256=digest(tasks), method=kind) for kind, c in kinds.items()]
+    about = about | dict(set=name, tasks_sha256=digest(tasks), new_views=bits_of_inputs(newness(config)(name, data), tasks))
+    return [measured_row(measures(decoder, data, c, config.evaluation.batch_size), **about, method=kind) for kind, c in kinds.items()]
 
 
 def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, about: dict) -> list[dict]:
     "Rows for each set: answers after a search from the encoder's contexts."
-    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',), rule=config.train.search_rule)
+    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',), rule=config.train.search_rule, new=newness(config))
     return [about | {k: v for k, v in row.items() if k not in ('start', 'steps', 'demonstrations')} | dict(method='searched', search_steps=steps) for row in found]
 
 # %% ../nbs/api/18_studies.ipynb #afb5613a
