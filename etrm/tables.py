@@ -19,7 +19,8 @@ from .contexts import PuzzleEmbedding
 from .data import PuzzleData, puzzle_data, read_dataset, read_identifiers
 from .decoder import Decoder
 from .diagnosis import onehot_rules, rule_share
-from .experiment import answer, check_names, contexts_of, copy_answers, differences, score
+from .experiment import answer, check_names, contexts_of, copy_answers, score
+from .runs import differences
 from .task_sets import make_task_sets
 from .grids import Augmentation
 from .pattern import onehot_programs, pattern_tasks

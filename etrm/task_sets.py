@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['make_task_sets', 'procedural_sets', 'pattern_sets', 'validation_tasks', 'arc_sets', 'contaminated_sets', 'answers_of',
-           'check_answers_stay_out', 'training_rules', 'which_are_new']
+           'check_answers_stay_out', 'training_rules', 'newness']
 
 # %% ../nbs/api/17_task_sets.ipynb #29655535
+from typing import Callable
+
 from .configs import ExperimentConfig
 from .data import PuzzleData, puzzle_data
 from .novelty import new_views
@@ -102,12 +104,12 @@ def training_rules(
     return list({rule.key: rule for rules in drawn for rule in rules}.values())
 
 
-def which_are_new(
-    name: str,  # of an evaluation set
-    data: PuzzleData,  # its tasks and their views
-    source: str,  # `tasks.source` of what was trained
-    rules: list[Rule] | None,  # from `training_rules`
-) -> dict[str, bool]:  # by the view's name
+def newness(
+    *configs: ExperimentConfig,  # of all that was trained, the encoder's first
+) -> Callable[[str, PuzzleData], dict[str, bool]]:  # of a set's name and its views: by the view's name, whether it is new
     "Whether each view of a set's tasks is new to what was trained."
-    if rules is not None: return new_views(data, rules)
-    return dict.fromkeys(data.names, name != 'training tasks' and not source.endswith('_contaminated'))
+    rules, source = training_rules(*configs), configs[0].tasks.source
+    def new(name, data):
+        if rules is not None: return new_views(data, rules)
+        return dict.fromkeys(data.names, name != 'training tasks' and not source.endswith('_contaminated'))
+    return new

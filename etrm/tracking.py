@@ -20,7 +20,7 @@ import wandb
 from filelock import FileLock, Timeout
 
 from .distributed import is_first
-from .files import new_file
+from .files import file_size, new_file
 
 # %% ../nbs/api/15_tracking.ipynb #4208eddd
 def new_run_folder(
@@ -115,6 +115,7 @@ def read_record(
     "The rows of a run's record; a last line that was cut short, as by a full disk, is left out with a warning."
     file = Path(folder) / 'record.jsonl'
     if not file.exists(): raise ValueError(f'{file} is missing: {folder} is not the folder of a run')
+    file_size(file)  # a pipe would be waited for
     *lines, rest = file.read_bytes().split(b'\n')
     rows = [row_of(line, f'{file}, line {i}') for i, line in enumerate(lines, 1)]
     if rest: warnings.warn(f'{file}: its last line was cut short and is left out')

@@ -15,8 +15,9 @@ from etrm.configs import load_config
 from etrm.decoder import Decoder
 from etrm.distributed import processes
 from etrm.experiment import evaluate, pretrain, train_encoder
+from etrm.runs import open_run, settings_of
 from etrm.task_sets import make_task_sets
-from etrm.tracking import Record, read_record
+from etrm.tracking import read_record
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
 FORKS.set_forkserver_preload(['etrm.experiment'])
@@ -39,8 +40,7 @@ def one_run(folder: Path):
     finally: Decoder.__init__ = begin
     config = load_config('cfg_test_frozen_decoder', TINY + ENCODER)
     train, sets = make_task_sets(config)
-    (folder / 'encoder').mkdir(exist_ok=True)
-    encoder = train_encoder(config, decoder, table, train, Record(folder / 'encoder'), folder / 'encoder')
+    with open_run(folder / 'encoder', settings_of('train', config)) as record: encoder = train_encoder(config, decoder, table, train, record)
     rows, _ = evaluate(config, decoder, encoder, None, sets)
     return dict(decoder=decoder.state_dict(), table=table.state_dict(), encoder=encoder.state_dict()), rows
 

@@ -15,8 +15,8 @@ from etrm.checkpoints import finish_interrupted_save, load_checkpoint, load_trai
 from etrm.configs import load_config
 from etrm.decoder import Decoder
 from etrm.experiment import pretrain, save_first, train_encoder
+from etrm.runs import open_run, settings_of
 from etrm.task_sets import make_task_sets
-from etrm.tracking import Record
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
 FORKS.set_forkserver_preload(['etrm.experiment'])
@@ -32,8 +32,9 @@ def train_table(folder: Path, table: Path): pretrain(TABLE, folder)
 
 def train_with_regression(folder: Path, table: Path):
     decoder, rows, _ = load_checkpoint(table / 'checkpoint')
-    encoder = train_encoder(ENCODER, decoder, rows, make_task_sets(ENCODER)[0], Record(folder), folder)
-    save_first(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), ENCODER)
+    with open_run(folder, settings_of('train', ENCODER, dict(decoder=table / 'checkpoint'))) as record:
+        encoder = train_encoder(ENCODER, decoder, rows, make_task_sets(ENCODER)[0], record)
+        save_first(record.checkpoint, dict(decoder=decoder, encoder=encoder), ENCODER)
 
 
 def child(train, folder: Path, table: Path, dies_at: int, threads: int = 1):  # 0 lives
@@ -145,7 +146,7 @@ def test_a_finished_run_is_read_back_and_another_configuration_is_refused(straig
     decoder, rows = pretrain(TABLE, folder)
     assert torch.equal(rows.weights, expected[train_table][0]['table']['weights']) and (folder / 'record.jsonl').read_text() == expected[train_table][1]
     longer = TABLE.with_(pretrain=dict(steps=13))
-    with pytest.raises(checkpoints.CheckpointError, match='pretrain.steps is 12 in the checkpoint, 13 now'): pretrain(longer, folder)
+    with pytest.raises(ValueError, match='pretrain.steps is 12 there, 13 now'): pretrain(longer, folder)
 
 
 def train_through_the_decoder(folder: Path, table: Path):

@@ -16,8 +16,9 @@ from etrm.checkpoints import load_checkpoint, load_training_state, read_tensors
 from etrm.configs import load_config
 from etrm.distributed import processes
 from etrm.experiment import pretrain, train_encoder
+from etrm.runs import open_run, settings_of
 from etrm.task_sets import make_task_sets
-from etrm.tracking import Record, read_record
+from etrm.tracking import read_record
 from etrm.training import Stopped
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
@@ -35,7 +36,7 @@ def table_of(folder: Path, *changes: str): return pretrain(load_config('lab', TI
 def encoder_of(folder: Path, table: Path, *changes: str):
     config = load_config('cfg_test_frozen_decoder', TINY + ROWS + ('regression.steps=4', *changes))
     decoder, rows, _ = load_checkpoint(table / 'checkpoint')
-    return train_encoder(config, decoder, rows, make_task_sets(config)[0], Record(folder), folder)
+    with open_run(folder, settings_of('train', config, dict(decoder=table / 'checkpoint'))) as record: return train_encoder(config, decoder, rows, make_task_sets(config)[0], record)
 
 
 LOOPS = dict(table=lambda folder, table: table_of(folder, f'pretrain.steps={LONG}'),
