@@ -82,9 +82,11 @@ def compared(
 ) -> list[str]:
     "What the settings of two runs differ in."
     if there['kind'] != now['kind']: return [f'it is of etrm {there["kind"]}, not of etrm {now["kind"]}']
-    read = [read_otherwise(name, there['reads'].get(name), now['reads'].get(name)) for name in there['reads'] | now['reads']]
+    both = {name: (there['reads'].get(name), now['reads'].get(name)) for name in there['reads'] | now['reads']}
+    read = [read_otherwise(name, *files) for name, files in both.items()]
     free = FREE if now['kind'] in ('pretrain', 'train') else ()
-    return [said for said in read if said] + differences(filled(there['config']), now['config'], free=free) + differences(there['more'], now['more'], free=())
+    configs = differences(filled(there['config']), now['config'], free=free)
+    return [said for said in read if said] + configs + differences(there['more'], now['more'], free=())
 
 # %% ../nbs/api/17_runs.ipynb #8333e02b
 def resumed(
@@ -132,8 +134,9 @@ def progress(
     "How far a run has come, by the checkpoints it left."
     for name, of in (('checkpoint', ''), ('regression', ' of the regression')):
         finish_interrupted_save(folder / name)
-        if (folder / name / 'training_state.pt').exists(): return f'goes on after update {load_training_state(folder / name).get("updates")}{of}'
-        if (folder / name).exists(): return 'is trained'
+        if not (folder / name).exists(): continue
+        if not (folder / name / 'training_state.pt').exists(): return 'is trained'
+        return f'goes on after update {load_training_state(folder / name).get("updates")}{of}'
     return 'holds no checkpoint: training begins at update 0'
 
 # %% ../nbs/api/17_runs.ipynb #eda33cc9

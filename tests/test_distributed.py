@@ -102,7 +102,7 @@ def test_torchrun_runs_the_experiment_and_writes_once(runs, tmp_path):
     done = subprocess.run([*etrm, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'disabled'})
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if 'etrm:' in line] or done.stderr[-2000:]
     folders = list((tmp_path / 'runs').iterdir())
-    assert [f.name for f in folders] == ['cfg_test_frozen_decoder-001'] and done.stdout.count('written to') == 1
+    assert [f.name for f in folders] == ['cfg_test_frozen_decoder-001'] and done.stdout.count('(this verdict)') == 1
     steps = [r['step'] for r in read_record(folders[0])]
     assert steps == sorted(steps) and steps.count(12) == 2  # one row of training, one of the evaluation
     assert read_tensors(folders[0] / 'checkpoint')['encoder']
