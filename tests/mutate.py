@@ -204,8 +204,8 @@ def main():
             say(f"| {module}:{mutant['line']} {mutant['name']} | `{before}` | `{after}` | {results[-1]} |")
         try:
             run_notebook(module, random.Random(f'{args.seed} {module}').sample(possible, number), report, folder.name)
-        except SystemExit as stop:
-            say(f'\n{stop}')
+        except BaseException as error:  # the standard error is the cells'
+            say(f'\n{module} stopped in {execute.last}: {type(error).__name__}: {error}')
             raise
         alive, same = (results.count(what) for what in ('**survived**', 'equivalent'))
         shares.append((module, number - same - alive, number - same, same, len(possible)))
