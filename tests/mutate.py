@@ -31,7 +31,8 @@ OPERATORS = both_ways([(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq)
     (ast.In, ast.NotIn), (ast.And, ast.Or), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr)])
 OPERATORS |= {ast.FloorDiv: ast.Div, ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.MatMult: ast.Mult, ast.USub: ast.UAdd}
 NAMES = both_ways(pair.split() for pair in ('min max', 'any all', 'argmin argmax', 'amin amax', 'zeros ones',
-    'mean sum', 'zeros_like ones_like', 'index_add_ index_copy_', 'floor ceil', 'append extend', 'argsort sort', 'minimum maximum'))
+    'mean sum', 'zeros_like ones_like', 'index_add_ index_copy_', 'floor ceil', 'append extend', 'argsort sort',
+    'minimum maximum'))
 NAMES |= dict(cumsum='asarray', sorted='list', sign='abs', detach='clone', std='mean', var='mean', sqrt='abs')
 COSMETIC = ('trange', 'tqdm', 'print', 'warn', 'echo')
 
@@ -126,7 +127,8 @@ def forked(run, seconds):
         if not (child := os.fork()):
             os.setsid()
             try: run()
-            except BaseException as error: print(f'{execute.last}, {type(error).__name__}', end='', file=out, flush=True)
+            except BaseException as error: out.write(f'{execute.last}, {type(error).__name__}')
+            out.flush()
             os._exit(0)
         end = time.time() + seconds
         while not (done := os.waitpid(child, os.WNOHANG))[0] and time.time() < end: time.sleep(.01)
@@ -143,7 +145,7 @@ def replace_folder(old, new):
 
 
 def run_notebook(module, chosen, report, folder):
-    "Execute a notebook; before each exported cell try its mutants. Each finds temporary files as the cells before left them."
+    "Execute a notebook; before each exported cell try its mutants, which find temporary files as they were left."
     path, code = cells(module)
     temporary, kept = (Path(folder)/module/name for name in ('temporary', 'kept'))
     temporary.mkdir(parents=True)
@@ -200,7 +202,11 @@ def main():
             same = f'| {module} | `{before}` | `{after}` |' in known
             results.append(reason or ('equivalent' if same else run_pytest(mutant, args.pytest) or '**survived**'))
             say(f"| {module}:{mutant['line']} {mutant['name']} | `{before}` | `{after}` | {results[-1]} |")
-        run_notebook(module, random.Random(f'{args.seed} {module}').sample(possible, number), report, folder.name)
+        try:
+            run_notebook(module, random.Random(f'{args.seed} {module}').sample(possible, number), report, folder.name)
+        except BaseException as error:  # the standard error is the cells'
+            say(f'\n{module} stopped in {execute.last}: {type(error).__name__}: {error}')
+            raise
         alive, same = (results.count(what) for what in ('**survived**', 'equivalent'))
         shares.append((module, number - same - alive, number - same, same, len(possible)))
     say('\n| module | killed | of | equivalent | possible |\n|---|---|---|---|---|')
