@@ -425,7 +425,7 @@ def test_json_that_is_too_large_or_too_deep(tmp_path):
     with (tmp_path / 'big.json').open('wb') as f: f.truncate(MAX_BYTES + 1)  # takes no room on the disk
     (tmp_path / 'deep.json').write_text('{"a": ' * 10**5 + '1' + '}' * 10**5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(TaskError, match='big.json: has 67,108,865 bytes; a file of tasks has at most'): load_challenges(tmp_path / 'big.json')
+    with pytest.raises(TaskError, match='big.json has 67,108,865 bytes; a file of tasks has at most'): load_challenges(tmp_path / 'big.json')
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # kB: it was not read
     with pytest.raises(TaskError, match='deep.json: cannot be read as JSON'): load_challenges(tmp_path / 'deep.json')
     for file in ('big.json', 'deep.json'):
