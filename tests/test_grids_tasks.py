@@ -160,7 +160,7 @@ def replaced(part, side, grid):
 
 BAD_GRIDS = {'[]': 'is empty', '[[]]': 'is empty', '[[0, 1], [2]]': 'different lengths: [2, 1]', '[[10]]': 'colour 10',
              '[[-1]]': 'colour -1', '[[true]]': 'has True in row 0, column 0', '[[0, 1.0]]': 'has 1.0 in row 0, column 1',
-             '[["1"]]': "has '1' in", '[[null]]': 'has None in', '[[[1]]]': 'whole number', 'null': 'not a list of rows', '5': 'not a list of rows',
+             '[["1"]]': "has '1' in", '[[null]]': 'has None in', '[[[1]]]': 'whole number', '5': 'not a list of rows',
              '[1, 2]': 'not a list of rows', '[{}]': 'not a list of rows', '[[NaN]]': 'has nan in', '[[1e999]]': 'has inf in',
              json.dumps([[0] * 31]): '1 x 31', json.dumps([[0]] * 31): '31 x 1', json.dumps([[0] * 500] * 500): '500 x 500'}
 
@@ -173,6 +173,13 @@ def test_bad_grids_name_file_task_pair_and_problem(tmp_path, part, side, grid):
     with pytest.raises(TaskError) as error: load_folder(tmp_path)
     for said in ('mine.json', "task 'mine'", f'{part} pair 0', f'the {side}', BAD_GRIDS[grid]): assert said in str(error.value)
     assert len(str(error.value)) < len(str(tmp_path)) + 300
+
+
+@pytest.mark.parametrize('part', ['train', 'test'])
+@pytest.mark.parametrize('side', ['input', 'output'])
+def test_a_null_grid_is_one_that_is_not_there(tmp_path, part, side):
+    (tmp_path / 'mine.json').write_text(replaced(part, side, 'null'))
+    with pytest.raises(TaskError, match=f'{part} pair 0: has no "{side}"'): load_folder(tmp_path)
 
 
 BAD_FILES = {'': 'cannot be read as JSON', '{"train": [': 'cannot be read as JSON', '[' * 100_000: 'cannot be read as JSON',
@@ -198,14 +205,14 @@ def test_no_folder_no_files_no_text(tmp_path):
     with pytest.raises(TaskError, match='no such folder'): load_folder(tmp_path / 'nowhere')
     with pytest.raises(TaskError, match='has no files'): load_folder(tmp_path)
     with pytest.raises(TaskError, match='no such file'): load_challenges(tmp_path / 'nowhere.json')
-    with pytest.raises(TaskError, match='no such file'): load_challenges(tmp_path)
+    with pytest.raises(TaskError, match='is a folder, not a file'): load_challenges(tmp_path)
     (tmp_path / 'mine.json').write_bytes(b'\xff\xfe\x00\x80')
     with pytest.raises(TaskError, match='mine.json: cannot be read as JSON'): load_folder(tmp_path)
 
 
 def test_a_huge_file_is_refused_unread(tmp_path):
     with open(tmp_path / 'mine.json', 'wb') as f: f.truncate(2**40)      # sparse: a terabyte that takes no room
-    with pytest.raises(TaskError, match='mine.json: has 1,099,511,627,776 bytes'): load_folder(tmp_path)
+    with pytest.raises(TaskError, match='mine.json has 1,099,511,627,776 bytes'): load_folder(tmp_path)
 
 
 def test_a_folder_is_read_sorted(tmp_path):
@@ -229,7 +236,7 @@ BAD_CHALLENGES = [
     ({'a': SECRET}, {}, "task 'a': has no solution"),
     ({'a': SECRET}, {'a': [[[1]], [[2]]], 'b': []}, "task 'b': has no challenge"),
     ({'a': SECRET}, {'a': [[[1]], [[1], [1, 2]]]}, 'test pair 1: the output has rows of different lengths'),
-    ({'a': SECRET}, {'a': [[[1]], None]}, 'test pair 1: the output is not a list of rows'),
+    ({'a': SECRET}, {'a': [[[1]], None]}, 'test pair 1: has no "output"'),
     ({'a': GOOD}, {'a': [[[1]]]}, 'test output of its own'),
     ({'a': SECRET}, [], 'solutions.json: is not an object of solutions'),
     ([], {}, 'challenges.json: is not an object of tasks'), ({}, {}, 'challenges.json: is not an object of tasks'),
