@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from .distributed import draw
 from .grids import VOCAB_SIZE
 from .layers import Block, check_size, linear, rotary_tables, truncated_normal_
 from .settings import Settings
@@ -166,8 +167,8 @@ class Decoder(nn.Module):
         "Which slots stop: at the last step; in training also where q_halt > 0, but some not before a step drawn from 2..halt_max_steps."
         last = steps >= self.config.halt_max_steps
         if not self.training: return last
-        explore = torch.rand_like(q_halt) < self.config.halt_exploration_prob
-        earliest = torch.randint_like(steps, 2, self.config.halt_max_steps + 1) if self.config.halt_max_steps > 1 else torch.ones_like(steps)
+        explore = draw(torch.rand_like, q_halt) < self.config.halt_exploration_prob
+        earliest = draw(torch.randint_like, steps, 2, self.config.halt_max_steps + 1) if self.config.halt_max_steps > 1 else torch.ones_like(steps)
         return last | ((q_halt > 0) & (steps >= torch.where(explore, earliest, 1)))
 
 # %% ../nbs/api/05_decoder.ipynb #07e5583e
