@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'SEARCH_RULES', 'PuzzleEmbedding', 'zero', 'mean', 'noise', 'shuffled', 'demo_extents', 'at_rms_1',
-           'search']
+           'search', 'frozen', 'check_search']
 
 # %% ../nbs/api/06_contexts.ipynb #4aab0a19
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import trange
 
 from .decoder import Decoder
+from .devices import where_is
 from .grids import PAD
 from .layers import truncated_normal_
 
@@ -72,8 +75,8 @@ def mean(contexts: Tensor, tasks: Tensor) -> Tensor:
 def noise(contexts: Tensor, tasks: Tensor) -> Tensor:
     "Gaussian noise with the contexts' mean and standard deviation, per coordinate, drawn anew for each task."
     _, task = tasks.unique(return_inverse=True)
-    drawn = torch.randn(int(task.max()) + 1, *contexts.shape[1:], device=contexts.device)[task]
-    return contexts.mean(0) + contexts.std(0, correction=0) * drawn
+    drawn = torch.randn(int(task.max()) + 1, *contexts.shape[1:]).to(contexts.device)  # the same of a seed on every device
+    return contexts.mean(0) + contexts.std(0, correction=0) * drawn[task]
 
 
 def shuffled(contexts: Tensor, tasks: Tensor) -> Tensor:
@@ -128,28 +131,54 @@ def search(
     watch=None,  # called with the number of steps taken and the contexts, before each step and at the end
     extent: Tensor | None = None,  # (B, K, 2) for a decoder with `crop`; None: what `demo_extents` gives
     rule: str = 'adam',  # or 'normalised': each step is the gradient at RMS 1, times lr, as rows may move in pre-training
+    check: bool = True,  # raise where a loss or a context is not finite: on a CPU after that step, on a GPU at the end
 ) -> tuple[Tensor, Tensor]:  # contexts (B, T, D), losses (steps, B)
-    "Contexts fitted to each task's demonstrations by gradient descent through the frozen decoder."
+    "Contexts fitted to each task's demonstrations by gradient descent through the frozen decoder, on its device."
     if rule not in SEARCH_RULES: raise ValueError(f'there is no search rule {rule!r}; choose from {", ".join(SEARCH_RULES)}')
+    demo_inputs, demo_labels, demo_mask, start = (t.to(where_is(decoder)) for t in (demo_inputs, demo_labels, demo_mask, start))
     (B, K, S), supervision_steps = demo_inputs.shape, supervision_steps or min(2, decoder.config.halt_max_steps)
     context = start.detach().clone().requires_grad_()
     adam, history = torch.optim.Adam([context], lr=lr) if rule == 'adam' else None, []
     inputs, labels, weight = demo_inputs.reshape(B * K, S), demo_labels.reshape(B * K, S), demo_mask / demo_mask.sum(1, keepdim=True)
     if decoder.config.crop is not None: extent = (demo_extents(demo_inputs, demo_labels, demo_mask, decoder.config.canvas) if extent is None else extent).reshape(B * K, 2)
+    losses = lambda: torch.stack(history) if history else torch.zeros(0, B, device=context.device)
+    at_once = check and context.device.type == 'cpu'  # a GPU would be waited for in every step
+    with frozen(decoder):
+        for step in trange(steps, disable=not progress, desc='search'):
+            if watch: watch(step, context.detach())
+            carry, total = decoder.initial_carry(B * K), 0.
+            for _ in range(supervision_steps):
+                carry, logits, _ = decoder(carry, inputs, context.repeat_interleave(K, 0), extent)
+                total = total + (loss(logits, labels).view(B, K) * weight).sum(1)
+            context.grad = None
+            total.sum().backward()
+            if adam: adam.step()
+            else: context.data.sub_(at_rms_1(context.grad.flatten(1)).view_as(context), alpha=lr)
+            history.append(total.detach() / supervision_steps)
+            if at_once: check_search(context.detach(), losses())
+        if check: check_search(context.detach(), losses())
+        if watch: watch(steps, context.detach())
+    return context.detach(), losses()
+
+
+@contextmanager
+def frozen(decoder: Decoder):
+    "Inside, the decoder evaluates and takes no gradient; then it is what it was."
     trains, was_training = [p.requires_grad for p in decoder.parameters()], decoder.training
     decoder.requires_grad_(False).eval()
-    for step in trange(steps, disable=not progress, desc='search'):
-        if watch: watch(step, context.detach())
-        carry, total = decoder.initial_carry(B * K), 0.
-        for _ in range(supervision_steps):
-            carry, logits, _ = decoder(carry, inputs, context.repeat_interleave(K, 0), extent)
-            total = total + (loss(logits, labels).view(B, K) * weight).sum(1)
-        context.grad = None
-        total.sum().backward()
-        if adam: adam.step()
-        else: context.data.sub_(at_rms_1(context.grad.flatten(1)).view_as(context), alpha=lr)
-        history.append(total.detach() / supervision_steps)
-    if watch: watch(steps, context.detach())
-    decoder.train(was_training)
-    for p, t in zip(decoder.parameters(), trains): p.requires_grad_(t)
-    return context.detach(), torch.stack(history) if history else torch.zeros(0, B)
+    try: yield
+    finally:
+        decoder.train(was_training)
+        for p, t in zip(decoder.parameters(), trains): p.requires_grad_(t)
+
+
+def check_search(
+    contexts: Tensor,  # (B, T, D) after the last step
+    losses: Tensor,  # (steps, B) before each step
+):
+    "Raise where a search left the finite numbers, and say after which step."
+    finite = torch.cat([losses.isfinite(), contexts.isfinite().flatten(1).all(1)[None]])  # (steps + 1, B)
+    if (good := finite.all(1)).all(): return
+    step = int((~good).nonzero()[0])
+    if step: raise ValueError(f'the search diverged: after step {step} the loss or the context of {int((~finite[step]).sum())} of {len(contexts)} tasks is not finite; take a smaller rate (--lr)')
+    raise ValueError(f'before the first step of the search the loss of {int((~finite[0]).sum())} of {len(contexts)} tasks is not finite: look for a task without demonstrations, and at the start and the weights')

@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .devices import widest_float
 from .grids import IGNORE_LABEL
 
 # %% ../nbs/api/08_losses.ipynb #7c6f9745
 def log_stablemax(
     logits: Tensor,  # (..., V)
-) -> Tensor:  # (..., V) float64
+) -> Tensor:  # (..., V) float64; float32 on a device that has no other
     "Logarithm of stablemax probabilities over the last dimension (arXiv 2501.04697)."
-    x = logits.double()
+    x = logits.to(widest_float(logits.device))
     s = torch.where(x >= 0, x + 1, 1 / (1 - x.clamp(max=0)))  # the clamp keeps the unused branch's gradient finite
     return torch.log(s / s.sum(-1, keepdim=True))
 
@@ -25,7 +26,7 @@ def log_stablemax(
 def stablemax_cross_entropy(
     logits: Tensor,  # (B, S, V)
     labels: Tensor,  # (B, S) integer, IGNORE_LABEL where nothing is asked
-) -> Tensor:  # (B,) float64
+) -> Tensor:  # (B,) as `log_stablemax`
     "Mean over each sample's labelled places of the stablemax cross-entropy; 0 for a sample without any."
     asked = labels != IGNORE_LABEL
     picked = log_stablemax(logits).gather(-1, labels.masked_fill(~asked, 0).long()[..., None])[..., 0]

@@ -28,6 +28,7 @@ from .checkpoints import CheckpointError, all_finite
 from .contexts import PuzzleEmbedding, search
 from .data import Stream
 from .decoder import Carry, Decoder
+from .devices import widest_float
 from .distributed import GlobalDraws, broadcast, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
 from .grids import IGNORE_LABEL, PAD
 from .losses import contrastive_loss, stablemax_cross_entropy, trm_loss
@@ -168,7 +169,7 @@ class Faults:
     def __init__(self,
         device: str | torch.device = 'cpu',  # of losses and gradients
     ):
-        self.first = torch.zeros(3, dtype=torch.float64, device=device)  # update, loss, norm of the gradient; update 0: none so far
+        self.first = torch.zeros(3, dtype=widest_float(torch.device(device)), device=device)  # update, loss, norm of the gradient; update 0: none so far
 
     def note(self,
         update: int,  # from 1
@@ -330,7 +331,7 @@ class Trainer:
         if not self.config.search_steps: return 0.
         demos = [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
         labels = demos[1].masked_fill(demos[1] == PAD, IGNORE_LABEL)
-        found, _ = search(self.decoder, demos[0], labels, demos[2], context, stablemax_cross_entropy, self.config.search_steps, self.config.search_lr, rule=self.config.search_rule)
+        found, _ = search(self.decoder, demos[0], labels, demos[2], context, stablemax_cross_entropy, self.config.search_steps, self.config.search_lr, rule=self.config.search_rule, check=False)  # `Faults` notes it, without waiting
         return found - context.detach()
 
     def row_norm(self) -> Tensor:  # scalar; 0 of an encoder
