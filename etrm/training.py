@@ -29,7 +29,7 @@ from .contexts import PuzzleEmbedding, search
 from .data import Stream
 from .decoder import Carry, Decoder
 from .devices import widest_float
-from .distributed import GlobalDraws, broadcast, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
+from .distributed import broadcast, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
 from .grids import IGNORE_LABEL, PAD
 from .losses import contrastive_loss, stablemax_cross_entropy, trm_loss
 from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
@@ -298,10 +298,9 @@ class Trainer:
         "One update."
         self.decoder.train(); self.source.train()
         self.refill()
-        with GlobalDraws():
-            contrast = self.contrast()
-            context = context_of(self.source, self.slots)
-            self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context + self.way_searched(context), self.slots.get('extent'))
+        contrast = self.contrast()
+        context = context_of(self.source, self.slots)
+        self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context + self.way_searched(context), self.slots.get('extent'))
         loss, sums = trm_loss(logits, q_halt, self.slots['labels'])
         beside = getattr(self.source, 'extra_loss', 0.) + (self.also(context, self.slots) if self.also else 0.)
         total = loss.sum() / self.config.global_batch_size + beside / world_size() + contrast
