@@ -288,7 +288,7 @@ def draw_grid(
     box, (inches_w, inches_h) = ax.get_position(original=True), ax.figure.get_size_inches()
     size = min(9, .5 * 72 * min(box.width * inches_w / grid.shape[1], box.height * inches_h / grid.shape[0]))
     for (i, j), colour in np.ndenumerate(grid if digits else grid[:0]):
-        ax.text(j, i, colour, ha='center', va='center', fontsize=size,
+        ax.text(j, i, colour, ha='center', va='center', fontsize=size, in_layout=False, # it lies within its cell
                 color='white' if colour in _LIGHT_DIGITS else 'black')
     return ax
 
