@@ -414,7 +414,7 @@ def regress_on_rows(
         return place
     with paced(save if place else None, c.save_every, done) as pace:
         for done in trange(done + 1, c.steps + 1, initial=done, total=c.steps, desc='regression', mininterval=1, disable=not is_first()):
-            batch = to_tensors(stream.batch(done - 1, share(c.global_batch_size)), device)
+            batch = stream.tensors(done - 1, share(c.global_batch_size), device)
             found = {k: v / world_size() for k, v in losses(context_of(encoder.train(), batch), batch['puzzle_identifiers'] - 1).items()}
             loss = c.squared * found['error'] + c.softmax * found['softmax']
             loss.backward()
