@@ -415,7 +415,7 @@ def regress_on_rows(
         return place
     with paced(save if place else None, c.save_every, done) as pace:
         for done in counted(done, math.inf if clock else c.steps, clock, 'regression'):
-            batch = to_tensors(stream.batch(done - 1, share(c.global_batch_size)), device)
+            batch = stream.tensors(done - 1, share(c.global_batch_size), device)
             found = {k: v / world_size() for k, v in losses(context_of(encoder.train(), batch), batch['puzzle_identifiers'] - 1).items()}
             loss = c.squared * found['error'] + c.softmax * found['softmax']
             loss.backward()

@@ -343,7 +343,7 @@ class Trainer:
     def refill(self):
         "Put new samples where slots have halted."
         device, halted = self.decoder.H_init.device, self.carry.halted
-        fresh = to_tensors(self.stream.batch(self.updates, self.rows), device)
+        fresh = self.stream.tensors(self.updates, self.rows, device)
         if self.slots is None: self.slots = fresh
         self.slots = {k: torch.where(halted.view(-1, *[1] * (v.ndim - 1)), v, self.slots[k]) for k, v in fresh.items()}
 
