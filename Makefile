@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# one thread a process: the tests run two notebooks at once
+# one thread a process: two notebooks, and then two tests, run at once
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=disabled MPLBACKEND=agg
 
 .PHONY: run test lab docs test-browser readme export clean
@@ -14,8 +14,8 @@ run: $(VENV)/.installed        ## environment; the report's experiment, to a ver
 
 test: $(VENV)/.installed-dev   ## environment, then: nothing differs after export, notebooks, pytest
 	$(BIN)/python tests/check_exported.py
-	PATH="$(abspath $(BIN)):$$PATH" $(TEST_ENV) $(BIN)/nbdev_test --n_workers 2 --timing
-	PATH="$(abspath $(BIN)):$$PATH" $(TEST_ENV) $(BIN)/pytest -q tests
+	PATH="$(abspath $(BIN)):$$PATH" $(TEST_ENV) $(BIN)/python tests/notebooks.py
+	PATH="$(abspath $(BIN)):$$PATH" $(TEST_ENV) $(BIN)/pytest -q -n 2 --dist worksteal --durations=15 tests
 
 lab: $(VENV)/.installed-dev    ## JupyterLab on the experiment
 	$(BIN)/jupyter lab nbs/03_frozen_decoder.ipynb

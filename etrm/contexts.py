@@ -16,6 +16,7 @@ from tqdm.auto import trange
 
 from .decoder import Decoder
 from .devices import where_is
+from .distributed import draw
 from .grids import PAD
 from .layers import truncated_normal_
 
@@ -47,7 +48,7 @@ class PuzzleEmbedding(nn.Module):
         rows = self.weights[puzzle_identifiers].float()  # a table may be kept in bfloat16
         if self.training and torch.is_grad_enabled():
             self.touched = puzzle_identifiers, rows.requires_grad_()
-            if self.noise: rows = rows + self.noise * self.weights.std() * torch.randn_like(rows)
+            if self.noise: rows = rows + self.noise * self.weights.std() * draw(torch.randn_like, rows)
         return self.lay_out(rows)
 
     def lay_out(self, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from .distributed import draw
 from .grids import VOCAB_SIZE
 from .layers import Block, check_size, linear, rotary_tables, truncated_normal_
 from .settings import Settings
@@ -52,7 +53,7 @@ class DecoderConfig(Settings):
 # %% ../nbs/api/05_decoder.ipynb #6509a4a0
 @dataclass
 class Carry:
-    "State between supervision steps; the states are detached."
+    "State between supervision steps; the states are detached, and of the decoder's `dtype`."
     z_H: Tensor  # (B, T+S, D) the current answer
     z_L: Tensor  # (B, T+S, D) the current reasoning
     steps: Tensor  # (B,) int32, supervision steps since the slot was reset
@@ -94,21 +95,26 @@ class Decoder(nn.Module):
         cos, sin = rotary_tables(config.puzzle_emb_len + config.seq_len, D // config.num_heads)
         self.register_buffer('cos', cos, persistent=False); self.register_buffer('sin', sin, persistent=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        "Of the states and of all that is added to them; norms and the halting head compute in float32."
+        return getattr(torch, self.config.forward_dtype)
+
     def initial_carry(self,
         batch_size: int,  # B
     ) -> Carry:  # every slot halted, so the first step resets it
         "A carry whose slots are all reset by the first step."
         c, device = self.config, self.H_init.device
-        z = torch.zeros(batch_size, c.puzzle_emb_len + c.seq_len, c.hidden_size, device=device)
+        z = torch.zeros(batch_size, c.puzzle_emb_len + c.seq_len, c.hidden_size, dtype=self.dtype, device=device)
         return Carry(z, z, torch.zeros(batch_size, dtype=torch.int32, device=device), torch.ones(batch_size, dtype=torch.bool, device=device))
 
     def embed(self, inputs: Tensor, context: Tensor) -> Tensor:
-        "e = sqrt(D) * concat(context, token embedding): (B, T+S, D)."
+        "e = sqrt(D) * concat(context, token embedding): (B, T+S, D), of `dtype`."
         expected = (len(inputs), self.config.puzzle_emb_len, self.config.hidden_size)
         if tuple(context.shape) != expected: raise ValueError(f'context has shape {tuple(context.shape)}, the decoder reads {expected} (B, T, D)')
         if inputs.shape[1] != self.config.seq_len:
             raise ValueError(f'inputs have {inputs.shape[1]} places, the decoder canvas {self.config.canvas} has {self.config.seq_len}')
-        return self.config.hidden_size**.5 * torch.cat([context, self.embed_tokens(inputs)], dim=1)
+        return self.config.hidden_size**.5 * torch.cat([context, self.embed_tokens(inputs)], dim=1).to(self.dtype)
 
     def cycle(self, z_H: Tensor, z_L: Tensor, e: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         "One H cycle: refine the reasoning L_cycles times, then the answer once. `rotary` is the whole canvas's unless given."
@@ -143,7 +149,7 @@ class Decoder(nn.Module):
             H, L, found = self.recur(z_H[at], z_L[at], e[at], (self.cos[places], self.sin[places]))
             if logits is None: logits = found.new_zeros(len(e), self.config.seq_len, self.config.vocab_size)
             cells = rows[:, None], places[self.config.puzzle_emb_len:] - self.config.puzzle_emb_len
-            new_H, new_L, logits = new_H.index_put(at, H.to(new_H.dtype)), new_L.index_put(at, L.to(new_L.dtype)), logits.index_put(cells, found)
+            new_H, new_L, logits = new_H.index_put(at, H), new_L.index_put(at, L), logits.index_put(cells, found)
         return new_H, new_L, logits
 
     def forward(self,
@@ -154,20 +160,21 @@ class Decoder(nn.Module):
     ) -> tuple[Carry, Tensor, tuple[Tensor, Tensor]]:  # carry, logits (B, S, vocab_size), (q_halt, q_continue) each (B,) float32
         "One supervision step."
         reset = carry.halted[:, None, None]
-        z_H, z_L = torch.where(reset, self.H_init, carry.z_H), torch.where(reset, self.L_init, carry.z_L)
+        begin = lambda init, z: torch.where(reset, init.to(self.dtype), z.to(self.dtype))  # a carry saved by an older version is float32
+        z_H, z_L = begin(self.H_init, carry.z_H), begin(self.L_init, carry.z_L)
         with torch.autocast(z_H.device.type, torch.bfloat16, enabled=self.config.forward_dtype == 'bfloat16'):
             e = self.embed(inputs, context)
             z_H, z_L, logits = self.recur(z_H, z_L, e) if self.config.crop is None else self.recur_within(z_H, z_L, e, extent)
         q_halt, q_continue = self.q_head(z_H[:, 0].float()).unbind(-1)
         steps = torch.where(carry.halted, 0, carry.steps) + 1
-        return Carry(z_H.detach().float(), z_L.detach().float(), steps, self.halt(steps, q_halt.detach())), logits, (q_halt, q_continue)
+        return Carry(z_H.detach(), z_L.detach(), steps, self.halt(steps, q_halt.detach())), logits, (q_halt, q_continue)
 
     def halt(self, steps: Tensor, q_halt: Tensor) -> Tensor:
         "Which slots stop: at the last step; in training also where q_halt > 0, but some not before a step drawn from 2..halt_max_steps."
         last = steps >= self.config.halt_max_steps
         if not self.training: return last
-        explore = torch.rand_like(q_halt) < self.config.halt_exploration_prob
-        earliest = torch.randint_like(steps, 2, self.config.halt_max_steps + 1) if self.config.halt_max_steps > 1 else torch.ones_like(steps)
+        explore = draw(torch.rand_like, q_halt) < self.config.halt_exploration_prob
+        earliest = draw(torch.randint_like, steps, 2, self.config.halt_max_steps + 1) if self.config.halt_max_steps > 1 else torch.ones_like(steps)
         return last | ((q_halt > 0) & (steps >= torch.where(explore, earliest, 1)))
 
 # %% ../nbs/api/05_decoder.ipynb #07e5583e

@@ -13,7 +13,9 @@ from itertools import chain
 import torch
 from torch import nn
 
+from . import OTHERS
 from .files import note
+from .threads import said_of_waiting
 
 # %% ../nbs/api/01_devices.ipynb #ef226116
 DEVICES = {'auto': '', 'cpu': '', 'cuda': 'this machine has no GPU that torch can use; leave it out, or install torch with CUDA',
@@ -40,10 +42,11 @@ def device_of(
 def say_device(
     device: torch.device,
 ):
-    "Say on standard error, on the first process, what is computed on."
+    "Say on standard error, on the first process, what is computed on, and of a CPU how its threads wait, if that was chosen."
     if os.environ.get('RANK', '0') != '0': return
     name = f' ({torch.cuda.get_device_name(device)})' if device.type == 'cuda' else ''
-    print(f'etrm: device {device}{name}', file=sys.stderr)
+    waiting = f'; {said_of_waiting(OTHERS)}' if OTHERS and device.type == 'cpu' else ''
+    print(f'etrm: device {device}{name}{waiting}', file=sys.stderr)
 
 # %% ../nbs/api/01_devices.ipynb #5cdaf484
 def where_is(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from .distributed import draw
 from .grids import PAD, VOCAB_SIZE
 from .layers import Block, check_size, linear, masked_attention, rms_norm, rotary_tables, truncated_normal_
 from .settings import Settings
@@ -161,7 +162,7 @@ class DemoEncoder(nn.Module):
         mean, log_var = self.gaussian(x).chunk(2, dim=-1)
         kl = .5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1)
         self.extra_loss = self.config.kl_weight * (kl * mask).sum() / mask.sum().clamp(min=1)
-        return mean + (.5 * log_var).exp() * torch.randn_like(mean) if self.training else mean
+        return mean + (.5 * log_var).exp() * draw(torch.randn_like, mean) if self.training else mean
 
     @torch.no_grad()
     def match(self,

@@ -34,7 +34,7 @@ from .data import PuzzleData, Stream, eval_batches, puzzle_data
 from .decoder import Decoder, DecoderConfig, last_step
 from .devices import where_is
 from .diagnosis import Verdict, scenario
-from .distributed import GlobalDraws, from_first, is_first, merged, mine, share, sum_gradients, sum_over_ranks, world_size
+from .distributed import from_first, is_first, merged, mine, share, sum_gradients, sum_over_ranks, world_size
 from .encoders import DemoEncoder
 from .evaluation import clopper_pearson, pass_at_k, submission
 from .files import markdown_table, new_file, note
@@ -461,8 +461,8 @@ def regress_on_rows(
         return place
     with paced(save if place else None, c.save_every, done) as pace:
         for done in trange(done + 1, c.steps + 1, initial=done, total=c.steps, desc='regression', mininterval=1, disable=not is_first()):
-            batch = to_tensors(stream.batch(done - 1, share(c.global_batch_size)), device)
-            with GlobalDraws(): found = {k: v / world_size() for k, v in losses(context_of(encoder.train(), batch), batch['puzzle_identifiers'] - 1).items()}
+            batch = stream.tensors(done - 1, share(c.global_batch_size), device)
+            found = {k: v / world_size() for k, v in losses(context_of(encoder.train(), batch), batch['puzzle_identifiers'] - 1).items()}
             loss = c.squared * found['error'] + c.softmax * found['softmax']
             loss.backward()
             whole = loss.detach().clone()

@@ -41,14 +41,13 @@ def recursion(
     "What the decoder would answer after every H cycle of every supervision step."
     if decoder.config.crop is not None: raise ValueError(f'the recursion is shown on the whole canvas, and this decoder crops (decoder.crop={decoder.config.crop})')
     c, e = decoder.config, decoder.embed(inputs.to(where_is(decoder)), context.to(where_is(decoder)))
-    z_H, z_L = decoder.H_init.expand_as(e), decoder.L_init.expand_as(e)
+    z_H, z_L = (z.to(decoder.dtype).expand_as(e) for z in (decoder.H_init, decoder.L_init))
     moments = []
     for _ in range(c.halt_max_steps):
         with torch.autocast(e.device.type, torch.bfloat16, enabled=c.forward_dtype == 'bfloat16'):
             for _ in range(c.H_cycles):
                 z_H, z_L = decoder.cycle(z_H, z_L, e)
                 moments.append((decoder.lm_head(z_H[:, c.puzzle_emb_len:]), z_H[:, 0]))
-        z_H, z_L = z_H.float(), z_L.float()  # as the carry keeps them between steps
     logits, first = map(torch.stack, zip(*moments))
     return logits, decoder.q_head(first.float())[..., 0]
 

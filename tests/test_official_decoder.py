@@ -121,6 +121,18 @@ def test_first_steps_agree_on_any_processor(native, expected):
     check_logits(native['eval'], expected['eval'], steps=(0, 1))
 
 
+def test_bfloat16_agrees_within_its_rounding(expected):
+    "The fixture is of float32. One supervision step in bfloat16 is 3% off in the logits and .1% in the loss; seen: .030 and .0010."
+    decoder, table, _ = load()
+    half = Decoder(decoder.config.with_(forward_dtype='bfloat16')).eval()
+    half.load_state_dict(decoder.state_dict())
+    found = evaluate(half, table, {name: values.long() for name, values in expected['batch'].items()}, steps=1)[0]
+    wanted = expected['eval'][0]
+    assert found['logits'].dtype == torch.bfloat16
+    assert (found['logits'].float() - wanted['logits']).norm() < .05 * wanted['logits'].norm()
+    torch.testing.assert_close(found['loss'].double(), wanted['loss'].double(), rtol=.005, atol=0)
+
+
 def test_the_equations_of_test_recursion_agree(expected):
     decoder, table, _ = load()
     w, c = {n: t.detach().double() for n, t in decoder.state_dict().items()}, decoder.config
