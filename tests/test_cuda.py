@@ -1,11 +1,19 @@
 "On a GPU: the same answers as on the CPU, and everything stays there until it is to be counted."
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from etrm.cli import app
 from etrm.contexts import SEARCH_RULES, noise, search
 from etrm.decoder import Decoder, DecoderConfig
-from etrm.devices import device_of
+from etrm.data import puzzle_data
+from etrm.devices import device_of, where_is
+from etrm.experiment import contexts_of, load_encoder, measures
 from etrm.losses import stablemax_cross_entropy
+from etrm.tasks import load_tasks
+from test_one_read import CHANGES, COMMANDS, made  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.cuda
 
@@ -35,3 +43,26 @@ def test_a_search_goes_where_it_goes_on_the_cpu(rule):
     assert on_gpu.device.type == losses_there.device.type == 'cuda'
     torch.testing.assert_close(on_gpu.cpu(), contexts, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(losses_there.cpu(), losses, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('line', COMMANDS)
+def test_every_command_takes_the_gpu(line, made):
+    done = CliRunner().invoke(app, [*line.format(made=made, changes=' '.join(CHANGES)).split(), '--device', 'cuda'])
+    assert done.exit_code == 0, done.stderr or done.exception
+    assert done.stderr.startswith('etrm: device cuda:')
+
+
+def test_contexts_and_answers_stay_there_and_are_those_of_the_cpu(made):
+    data, found = puzzle_data(load_tasks(made / 'swap.json'), 5, 3), {}
+    for device in ('cpu', 'cuda'):
+        decoder, encoder, config = load_encoder(made / 'encoder/checkpoint', device)
+        contexts, groups = contexts_of(encoder, data, config.num_demos)
+        assert {t.device.type for t in (contexts, groups)} == {device} == {where_is(decoder).type}
+        found[device] = contexts.cpu(), torch.from_numpy(measures(decoder, data, contexts)['lm_loss'])
+    for on_cpu, on_gpu in zip(*found.values()): torch.testing.assert_close(on_gpu, on_cpu, atol=1e-2, rtol=1e-2)
+
+
+def test_search_curves_start_from_the_same_noise(made):
+    line = f'search-curves {made}/encoder/checkpoint --decoder {made}/decoder/checkpoint --sets instances --groups 4 --steps 0 --json --device'
+    rows = {device: json.loads(CliRunner().invoke(app, [*line.split(), device]).stdout) for device in ('cpu', 'cuda')}
+    for on_cpu, on_gpu in zip(*rows.values()): assert on_gpu['lm_loss'] == pytest.approx(on_cpu['lm_loss'], abs=1e-2), on_cpu['start']
