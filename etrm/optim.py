@@ -96,10 +96,11 @@ def lr_scale(
     step: int,  # 0 for the first
     total_steps: int,  # of the run
     config: OptimConfig,
+    share: float | None = None,  # of a run by the clock that is over, 0 to 1; None: the run goes by steps
 ) -> float:  # factor on every learning rate
-    "Linear warm-up over `lr_warmup_steps`, then cosine to `lr_min_ratio` at `total_steps`."
+    "Linear warm-up over `lr_warmup_steps`, then cosine to `lr_min_ratio` at `total_steps`, or at the end of the time."
     if step < config.lr_warmup_steps: return (step + 1) / config.lr_warmup_steps
-    progress = (step - config.lr_warmup_steps) / max(1, total_steps - config.lr_warmup_steps)
+    progress = (step - config.lr_warmup_steps) / max(1, total_steps - config.lr_warmup_steps) if share is None else share
     return config.lr_min_ratio + (1 - config.lr_min_ratio) * .5 * (1 + math.cos(math.pi * min(1., progress)))
 
 # %% ../nbs/api/09_optim.ipynb #230d637f
