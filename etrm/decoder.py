@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         return z_H, z_L, self.lm_head(z_H[:, self.config.puzzle_emb_len:])
 
     def rectangles(self, extent: Tensor) -> Iterator[tuple[Tensor, Tensor]]:  # rows of the batch (n,), their places among the T+S (m,)
-        "Samples that are cropped to the same rectangle, and its places."
+        "Samples that are cropped to the same rectangle, and its places. What rectangles there are is asked of the device: a GPU is waited for."
         c, T = self.config, self.config.puzzle_emb_len
         sides = (-(-extent // c.crop) * c.crop).clamp(max=c.canvas)
         number = T + torch.arange(c.seq_len, device=extent.device).view(c.canvas, c.canvas)

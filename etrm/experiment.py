@@ -509,7 +509,8 @@ class RowLosses(nn.Module):
         rows: Tensor,  # (M, T, D)
     ):
         super().__init__()
-        flat, used = rows.flatten(1), rows.flatten(1).std(0) > 1e-6  # a row may be shorter than T * D
+        flat = rows.flatten(1)
+        used = (flat.std(0) > 1e-6).nonzero()[:, 0]  # a row may be shorter than T * D
         mean, std = flat.mean(0)[used], flat.std(0)[used]
         for name, value in dict(used=used, mean=mean, std=std, variance=rows.var(), rows=(flat[:, used] - mean) / std, all=rows).items(): self.register_buffer(name, value, persistent=False)
         self.log_scale = nn.Parameter(torch.tensor(2.5))  # of the cosines in the softmax; learned

@@ -70,10 +70,11 @@ def context_statistics(
 # %% ../nbs/api/11_training.ipynb #bc202b71
 def grad_norm(
     parameters,  # iterable of parameters
+    device: str | torch.device = 'cpu',  # where the answer lies if nothing has a gradient
 ) -> Tensor:  # scalar; 0 where nothing has a gradient
     "The L2 norm of all gradients together."
     grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros((), device=device)
 
 
 def clip_gradients(
@@ -82,10 +83,10 @@ def clip_gradients(
     max_norm: float,  # 0 does not clip
 ) -> dict[str, Tensor]:  # grad/encoder_norm, grad/inner_norm, grad/total_norm, before and, named _clipped, after
     "Clip the total norm and tell the norms before and after."
-    norms = {'grad/encoder_norm': grad_norm(source.parameters()), 'grad/inner_norm': grad_norm(decoder.parameters())}
-    norms = {name: norm.to(next(decoder.parameters()).device) for name, norm in norms.items()}  # of a table, or of a frozen decoder, it is a plain 0
+    device = next(decoder.parameters()).device
+    norms = {f'grad/{name}_norm': grad_norm(m.parameters(), device) for name, m in dict(encoder=source, inner=decoder).items()}
     norms['grad/total_norm'] = total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-    factor = (max_norm / total.clamp(min=1e-12)).clamp(max=1.) if max_norm else torch.ones(())
+    factor = (max_norm / total.clamp(min=1e-12)).clamp(max=1.) if max_norm else torch.ones((), device=device)
     grads = [p.grad for m in (decoder, source) for p in m.parameters() if p.grad is not None]
     if max_norm and grads: torch._foreach_mul_(grads, factor)
     return norms | {f'{name}_clipped': norm * factor for name, norm in norms.items()}
@@ -318,6 +319,9 @@ class Trainer:
         decoder.requires_grad_(not config.freeze_decoder)
         trains = [p for m in (decoder, source) for p in m.parameters() if p.requires_grad]
         self.sparse = TableSGD(source, rule=config.optim.puzzle_emb_rule) if isinstance(source, PuzzleEmbedding) else None
+        if self.sparse:
+            source.check(stream.data.identifiers)
+            source.checks = False  # in an update that would be waiting
         if not trains and self.sparse is None: raise ValueError('nothing trains: the decoder is frozen and the source has no parameters')
         for key in ('search_steps', 'contrast', 'rows'):
             if getattr(config, key) and 'demo_inputs' not in source.reads: raise ValueError(f'{key} needs demonstrations, which a table does not read: set it to 0')
@@ -377,8 +381,7 @@ class Trainer:
         half, demos = self.slots['demo_mask'].shape[1] // 2, [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
         two = [[d[:, part] for d in demos] for part in (slice(half), slice(half, None))]
         both = two[0][2].any(1) & two[1][2].any(1)  # one demonstration has no halves
-        if not both.any(): return 0.
-        return self.config.contrast * contrastive_loss(*(self.source(*(d[both] for d in part)) for part in two), self.slots['group'][both])
+        return self.config.contrast * contrastive_loss(*(self.source(*part) for part in two), self.slots['group'], there=both)
 
     def way_searched(self, context: Tensor) -> Tensor | float:
         "How far `search` on the demonstrations moves the context; a constant for the gradient, as in arXiv 2411.08706."
