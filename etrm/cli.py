@@ -32,7 +32,6 @@ from .configs import ExperimentConfig, load_config
 from .data import puzzle_data, read_dataset, read_identifiers, write_dataset
 from .decoder import COMPILED, DecoderConfig
 from .devices import device_of, say_device
-from .devices import device_of, say_device
 from .distributed import from_first, is_first, processes
 from .evaluation import no_answers, score_submission
 from .files import new_file, new_folder, markdown_table, plain, plain_lines, takes_any_text
