@@ -1,21 +1,16 @@
 "On a GPU: the same answers as on the CPU, and everything stays there until it is to be counted."
-import json
-
+import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from etrm.cli import app
-from etrm.contexts import SEARCH_RULES, noise, search
-from etrm.decoder import Decoder, DecoderConfig
-from etrm.data import puzzle_data
-from etrm.devices import device_of, where_is
-from etrm.experiment import contexts_of, load_encoder, measures
-from etrm.explorer import explore, set_contexts
+from etrm.bench import format_rows, measure, training_step
+from etrm.contexts import SEARCH_RULES, PuzzleEmbedding, noise, search
+from etrm.data import Stream, puzzle_data
+from etrm.decoder import COMPILED, Decoder, DecoderConfig
+from etrm.devices import device_of
 from etrm.losses import stablemax_cross_entropy
-from etrm.task_sets import make_task_sets
-from etrm.tasks import load_tasks
-from test_one_read import CHANGES, COMMANDS, made  # noqa: F401, a fixture
+from etrm.tasks import Pair, Task
+from etrm.training import TrainConfig, Trainer
 
 pytestmark = pytest.mark.cuda
 
@@ -47,32 +42,48 @@ def test_a_search_goes_where_it_goes_on_the_cpu(rule):
     torch.testing.assert_close(losses_there.cpu(), losses, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize('line', COMMANDS)
-def test_every_command_takes_the_gpu(line, made):
-    done = CliRunner().invoke(app, [*line.format(made=made, changes=' '.join(CHANGES)).split(), '--device', 'cuda'])
-    assert done.exit_code == 0, done.stderr or done.exception
-    assert done.stderr.startswith('etrm: device cuda:')
+def updates(parts: str, n: int = 4):
+    "Logged losses and the decoder's weights after some updates of a table and its decoder."
+    grids = np.random.default_rng(0).integers(0, 10, (4, 7, 2, 3, 3)).astype(np.uint8)
+    tasks = [Task(f'{i}', tuple(Pair(a, b) for a, b in task[:6]), tuple(Pair(a, b) for a, b in task[6:])) for i, task in enumerate(grids)]
+    data = puzzle_data(tasks, 3)
+    torch.manual_seed(0)
+    decoder, table = Decoder(SMALL), PuzzleEmbedding(data.num_identifiers, 64, 2, 32, init_std=1.)
+    trainer = Trainer(decoder.cuda(), table.cuda(), Stream(data, 16), TrainConfig(steps=n, global_batch_size=16, compile=parts, optim=dict(lr=1e-3, lr_warmup_steps=1)))
+    losses = []
+    for _ in range(n): losses.append(trainer.step()[0]['train/lm_loss'].clone())
+    answers = decoder.eval()(decoder.initial_carry(5), torch.full((5, 9), 3, device='cuda'), torch.ones(5, 2, 32, device='cuda'))[1]
+    return torch.stack(losses), answers.detach().clone()
 
 
-def test_contexts_and_answers_stay_there_and_are_those_of_the_cpu(made):
-    data, found = puzzle_data(load_tasks(made / 'swap.json'), 5, 3), {}
-    for device in ('cpu', 'cuda'):
-        decoder, encoder, config = load_encoder(made / 'encoder/checkpoint', device)
-        contexts, groups = contexts_of(encoder, data, config.num_demos)
-        assert {t.device.type for t in (contexts, groups)} == {device} == {where_is(decoder).type}
-        found[device] = contexts.cpu(), torch.from_numpy(measures(decoder, data, contexts)['lm_loss'])
-    for on_cpu, on_gpu in zip(*found.values()): torch.testing.assert_close(on_gpu, on_cpu, atol=1e-2, rtol=1e-2)
+@pytest.mark.parametrize('parts', COMPILED[1:])
+def test_what_is_compiled_trains_and_answers_as_what_is_not(parts):
+    for found, wanted in zip(updates(parts), updates('no')): torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
-def test_search_curves_start_from_the_same_noise(made):
-    line = f'search-curves {made}/encoder/checkpoint --decoder {made}/decoder/checkpoint --sets instances --groups 4 --steps 0 --json --device'
-    rows = {device: json.loads(CliRunner().invoke(app, [*line.split(), device]).stdout) for device in ('cpu', 'cuda')}
-    for on_cpu, on_gpu in zip(*rows.values()): assert on_gpu['lm_loss'] == pytest.approx(on_cpu['lm_loss'], abs=1e-2), on_cpu['start']
+@pytest.mark.parametrize('parts', COMPILED[1:])
+def test_a_search_through_a_compiled_decoder(parts):
+    torch.manual_seed(0)
+    decoder, demos = Decoder(SMALL).cuda(), (torch.randint(2, 12, (2, 3, 9)), torch.randint(2, 12, (2, 3, 9)), torch.ones(2, 3, dtype=torch.bool))
+    start = torch.randn(2, 2, 32)
+    wanted = search(decoder, *demos, start, stablemax_cross_entropy, steps=3)
+    decoder.compile_parts(parts)
+    for found, value in zip(search(decoder, *demos, start, stablemax_cross_entropy, steps=3), wanted): torch.testing.assert_close(found, value, atol=1e-3, rtol=1e-3)
 
 
-def test_the_explorer_follows_its_modules(made):
-    decoder, encoder, config = load_encoder(made / 'encoder/checkpoint', 'cuda')
-    tasks = make_task_sets(config)[1]['instances']
-    data, contexts = set_contexts(config, encoder, tasks, decoder.config.canvas)
-    seen = explore(decoder, data, contexts, tasks, 1)
-    assert len(seen.moments) == config.decoder.halt_max_steps * config.decoder.H_cycles and list(seen.answers) == ['zero', 'mean', 'noise', 'shuffled']
+OFFICIAL = 33.5 * 2**30  # bytes of the official program's compiled step at its own shape, batch 192, measured on an H200
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 45e9, reason='a step at the official shape takes some 35 GB')
+def test_memory_of_a_step_at_the_official_shape():
+    step = training_step(DecoderConfig(), 192, parts='blocks', device='cuda')
+    step(); torch.cuda.reset_peak_memory_stats()
+    step()
+    assert torch.cuda.max_memory_allocated() <= OFFICIAL, f'{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB'
+
+
+def test_the_bench_runs_there(capsys):
+    rows = measure(.05, {'small': (SMALL, 8), 'small, bfloat16': (SMALL.with_(forward_dtype='bfloat16'), 8)}, ('no', 'blocks'), 'cuda')
+    assert len(rows) == 2 * 2 * 8 and all(r['samples_per_second'] > 0 and r['memory'] > 0 for r in rows)
+    assert all(0 <= r['outside'] <= 1 for r in rows if 'training' in r['step'])
+    assert torch.cuda.get_device_name() in format_rows(rows, 'cuda')
