@@ -52,6 +52,7 @@ NOT_READ_OPTIM = dict(puzzle_emb_lr=1e-2, puzzle_emb_weight_decay=.1, puzzle_emb
 class RegressionConfig(Settings):
     "How an encoder is fitted to the table's rows before it is trained through the decoder."
     steps: int = Field(1000, ge=1, description='updates')
+    minutes: float = Field(0., ge=0, le=10**6, description='as in `train`')
     global_batch_size: int = Field(128, ge=1, le=10**6)
     seed: int = 0
     log_every: int = Field(20, ge=1)
@@ -108,6 +109,11 @@ class ExperimentConfig(Settings):
     @model_validator(mode='after')
     def _grids_in_the_corner(self):
         if self.translate and self.decoder.crop is not None: raise ValueError('decoder.crop needs grids at the top left corner: set translate=false, or decoder.crop=null')
+        return self
+
+    @model_validator(mode='after')
+    def _a_curriculum_goes_by_updates(self):
+        if self.curriculum and self.train.minutes: raise ValueError('curriculum is a share of the updates, and train.minutes makes as many as there is time for: set one of them to 0')
         return self
 
     @model_validator(mode='after')

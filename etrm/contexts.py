@@ -39,17 +39,24 @@ class PuzzleEmbedding(nn.Module):
         self.register_buffer('weights', truncated_normal_(torch.empty(num_identifiers, puzzle_emb_ndim), init_std))
         self.names = None  # (num_identifiers,) whose each row is, the blank one first; None where that is not known
         self.touched = None  # identifiers and leaf rows of the last training call
+        self.checks = True  # in training too, where a GPU would be waited for: `Trainer` looks at its data once instead
 
     def forward(self,
         puzzle_identifiers: Tensor,  # (B,) integer
     ) -> Tensor:  # (B, T, D)
-        low, high = int(puzzle_identifiers.min()), int(puzzle_identifiers.max())
-        if low < 0 or high >= len(self.weights): raise ValueError(f'puzzle identifiers {low}..{high} are outside the table of {len(self.weights)} rows')
+        if self.checks or not self.training: self.check(puzzle_identifiers)
         rows = self.weights[puzzle_identifiers].float()  # a table may be kept in bfloat16
         if self.training and torch.is_grad_enabled():
             self.touched = puzzle_identifiers, rows.requires_grad_()
             if self.noise: rows = rows + self.noise * self.weights.std() * draw(torch.randn_like, rows)
         return self.lay_out(rows)
+
+    def check(self,
+        puzzle_identifiers,  # a tensor or an array
+    ):
+        "Raise where there is no row."
+        low, high = int(puzzle_identifiers.min()), int(puzzle_identifiers.max())
+        if low < 0 or high >= len(self.weights): raise ValueError(f'puzzle identifiers {low}..{high} are outside the table of {len(self.weights)} rows')
 
     def lay_out(self, rows: Tensor) -> Tensor:
         "Rows (B, puzzle_emb_ndim) as contexts (B, T, D), zeros behind."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['world_size', 'rank', 'is_first', 'number_from_environment', 'processes', 'join', 'share', 'sum_over_ranks',
-           'sum_gradients', 'gather', 'broadcast', 'gather_touched', 'draw', 'mine', 'merged', 'from_first', 'attempt',
-           'on_any_rank']
+           'sum_gradients', 'gather', 'broadcast', 'gather_touched', 'draw', 'mine', 'merged', 'first_says',
+           'from_first', 'attempt', 'on_any_rank']
 
 # %% ../nbs/api/04_distributed.ipynb #74d6f778
 import os
@@ -158,6 +158,16 @@ def merged(
     parts = [None] * world_size()
     dist.all_gather_object(parts, results)
     return [parts[i % world_size()][i // world_size()] for i in range(sum(map(len, parts)))]
+
+
+def first_says(
+    number: float,
+) -> float:
+    "What the first process has, on all of them."
+    if world_size() == 1: return number
+    said = torch.tensor([number], dtype=torch.float64)
+    dist.broadcast(said, 0)
+    return said.item()
 
 
 def from_first(

@@ -7,14 +7,15 @@ __all__ = ['AMONG', 'NO_ROWS', 'new_table', 'pretrain', 'save_first', 'save_last
            'check_names', 'own_views', 'contexts_of', 'decode', 'answer', 'measures', 'exact_hits', 'measured_row',
            'digest', 'copy_answers', 'score', 'rate', 'solved_among', 'evaluate', 'format_results', 'opening_updates',
            'train_encoder', 'new_encoder', 'regress_on_rows', 'held_near_rows', 'resume_regression', 'RowLosses',
-           'check_decoder', 'gallery_rows', 'run', 'is_trained', 'known_puzzles', 'through', 'check_rows', 'check_ends',
-           'check_sets', 'rows_with_a_loss', 'verdict_of', 'verdicts_of', 'verdict_file', 'say_verdicts', 'closing',
-           'write_results', 'write_verdict', 'load_encoder', 'table_for', 'compare_contexts']
+           'check_decoder', 'gallery_rows', 'run', 'is_trained', 'updates_made', 'known_puzzles', 'through',
+           'check_rows', 'check_ends', 'check_sets', 'rows_with_a_loss', 'verdict_of', 'verdicts_of', 'verdict_file',
+           'say_verdicts', 'closing', 'write_results', 'write_verdict', 'load_encoder', 'table_for', 'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
@@ -23,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
-from tqdm.auto import trange
 
 from .checkpoints import CheckpointError, build, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_tensors, remove, row_names, save_checkpoint
 from .configs import ExperimentConfig, explain
@@ -44,7 +44,7 @@ from .novelty import bits_by_task, new_under_all, of_new_views
 from .task_sets import make_task_sets, newness, validation_tasks
 from .tasks import Task
 from .tracking import new_run_folder
-from .training import Faults, Stopped, Trainer, context_of, context_statistics, finishing, grad_norm, insisting, paced, random_state, set_random_state, to_tensors
+from .training import Clock, Faults, Stopped, Trainer, context_of, context_statistics, counted, finishing, grad_norm, insisting, paced, random_state, set_random_state, to_tensors
 from .votes import Predictions, Votes, vote
 
 # %% ../nbs/api/18_experiment.ipynb #d6be2d6b
@@ -92,7 +92,7 @@ def pretrain(
         if trainer.updates: check_names(row_names(checkpoint, len(table.weights)), data, checkpoint)
         trainer.run(record, evaluate, save, until)
         # stopped by `until`: the averaged weights can be used, the state goes on from the live ones
-        state = copy.deepcopy(trainer.state_dict()) | dict(record_rows=len(record.rows)) if trainer.updates < config.pretrain.steps else None
+        state = copy.deepcopy(trainer.state_dict()) | dict(record_rows=len(record.rows)) if not trainer.finished else None
         if trainer.ema: trainer.ema.swap(trainer.modules)
         save_last(checkpoint, parts, config, state)
     return decoder.eval(), table.eval()
@@ -369,7 +369,7 @@ def train_encoder(
         return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
     save = resume_or_start(trainer, checkpoint, parts, config, record) if checkpoint else None
     trainer.run(record, evaluate if asked else None, save, until)
-    if save and trainer.updates < config.train.steps:
+    if save and not trainer.finished:
         with finishing(): insisting(save)
     if trainer.ema: trainer.ema.swap(trainer.modules)
     return encoder.eval()
@@ -405,15 +405,16 @@ def regress_on_rows(
     losses = RowLosses(rows).to(device)
     adam = AdamATan2([*encoder.parameters(), *losses.parameters()], lr=c.optim.lr, betas=(c.optim.beta1, c.optim.beta2), weight_decay=c.optim.weight_decay)
     place, done = record.regression if isinstance(record, Run) else None, 0
-    if place and found_at(place, config): done = resume_regression(place, encoder, losses, adam, record)
+    clock = Clock(c.minutes) if c.minutes else None
+    if place and found_at(place, config): done = resume_regression(place, encoder, losses, adam, record, clock)
     elif place: record.rewind(0)
     faults = Faults(device)
     def save():
         faults.check_weights(done, encoder.state_dict() | losses.state_dict())
-        save_first(place, dict(encoder=encoder), config, dict(updates=done, dense=adam.state_dict(), losses=losses.state_dict(), record_rows=len(record.rows)) | random_state())
+        save_first(place, dict(encoder=encoder), config, dict(updates=done, dense=adam.state_dict(), losses=losses.state_dict(), record_rows=len(record.rows), seconds=clock and clock.used) | random_state())
         return place
     with paced(save if place else None, c.save_every, done) as pace:
-        for done in trange(done + 1, c.steps + 1, initial=done, total=c.steps, desc='regression', mininterval=1, disable=not is_first()):
+        for done in counted(done, math.inf if clock else c.steps, clock, 'regression'):
             batch = stream.tensors(done - 1, share(c.global_batch_size), device)
             found = {k: v / world_size() for k, v in losses(context_of(encoder.train(), batch), batch['puzzle_identifiers'] - 1).items()}
             loss = c.squared * found['error'] + c.softmax * found['softmax']
@@ -421,9 +422,10 @@ def regress_on_rows(
             whole = loss.detach().clone()
             sum_gradients(encoder, losses, beside=(whole,))
             faults.note(done, whole, grad_norm([*encoder.parameters(), *losses.parameters()]))
-            for group in adam.param_groups: group['lr'] = c.optim.lr * lr_scale(done - 1, c.steps, c.optim)
+            for group in adam.param_groups: group['lr'] = c.optim.lr * lr_scale(done - 1, c.steps, c.optim, clock and clock.share)
             adam.step(); adam.zero_grad(set_to_none=True)
-            if done % c.log_every == 0 or done == c.steps:
+            if clock: clock.look()
+            if done % c.log_every == 0 or (clock.share >= 1 if clock else done == c.steps):
                 faults.check()
                 found = {k: v.detach() for k, v in found.items()}
                 sum_over_ranks(found.values())
@@ -444,11 +446,12 @@ def held_near_rows(config: ExperimentConfig, table: PuzzleEmbedding | None, devi
     return loss
 
 
-def resume_regression(place: Path, encoder: DemoEncoder, losses: nn.Module, adam: AdamATan2, record: Run) -> int:  # updates done
+def resume_regression(place: Path, encoder: DemoEncoder, losses: nn.Module, adam: AdamATan2, record: Run, clock: Clock | None) -> int:  # updates done
     "Go on with the regression from where it was saved."
     state = load_training_state(place)
     load_strictly(encoder, read_tensors(place)['encoder'], str(place))
     losses.load_state_dict(state['losses'])
+    if clock: clock.go_on(state['seconds'])
     adam.load_state_dict(state['dense']); set_random_state(state); record.rewind(state['record_rows'])
     return state['updates']
 
@@ -459,7 +462,8 @@ class RowLosses(nn.Module):
         rows: Tensor,  # (M, T, D)
     ):
         super().__init__()
-        flat, used = rows.flatten(1), rows.flatten(1).std(0) > 1e-6  # a row may be shorter than T * D
+        flat = rows.flatten(1)
+        used = (flat.std(0) > 1e-6).nonzero()[:, 0]  # a row may be shorter than T * D
         mean, std = flat.mean(0)[used], flat.std(0)[used]
         for name, value in dict(used=used, mean=mean, std=std, variance=rows.var(), rows=(flat[:, used] - mean) / std, all=rows).items(): self.register_buffer(name, value, persistent=False)
         self.log_scale = nn.Parameter(torch.tensor(2.5))  # of the cosines in the softmax; learned
@@ -521,12 +525,12 @@ def run(
         save_last(record.checkpoint, dict(decoder=decoder, encoder=encoder), config)
         from_first(lambda: remove(record.regression))  # it was for resuming
         try: rows, votes = evaluate(config, decoder, encoder, table if known is not None else None, sets, known)
-        except KeyboardInterrupt as error: raise Stopped(config.train.steps, record.checkpoint) from error
+        except KeyboardInterrupt as error: raise Stopped(updates_made(config, record.rows), record.checkpoint) from error
         contexts = {f'encoder, {name}': contexts_of(encoder, puzzle_data(tasks, decoder.config.canvas), config.num_demos)[0].numpy() for name, tasks in sets.items()}  # by all processes
         if table is not None: contexts = {'table rows': table.lay_out(table.weights[1:501]).numpy()} | contexts
         from_first(lambda: write_results(folder, config, contexts, sets, record.rows, rows, votes))
         scores = next(r for r in rows if r['set'] == config.evaluation.decides and r['method'] == 'encoder')['pass_at_k']
-        if not any(scores.keys() <= row.keys() for row in record.rows): record(config.train.steps, scores)
+        if not any(scores.keys() <= row.keys() for row in record.rows): record(updates_made(config, record.rows), scores)
         verdicts = verdicts_of(config, record.rows, rows)  # whatever it says, the results are there
         from_first(lambda: write_verdict(folder, verdicts))
         if record.wandb_run is not None: record.wandb_run.results(folder, rows)
@@ -537,6 +541,11 @@ def run(
 def is_trained(folder: Path) -> bool:
     "Whether a run's training is finished: then its checkpoint has no training state."
     return (folder / 'checkpoint' / 'model.safetensors').exists() and not (folder / 'checkpoint' / 'training_state.pt').exists()
+
+
+def updates_made(config: ExperimentConfig, record: list[dict]) -> int:
+    "Of a finished training; by the clock they are as many as the last row says."
+    return max(r['step'] for r in record if 'train/lr' in r) if config.train.minutes else config.train.steps
 
 # %% ../nbs/api/18_experiment.ipynb #970744b1
 NO_ROWS = ('max_eval_groups', 'pairs_per_task')  # of the tasks' settings: how many pairs of each were drawn, and which are evaluated, changes no row of a table
@@ -577,7 +586,7 @@ def check_ends(config: ExperimentConfig, sets: dict[str, list[Task]]):
     if config.evaluation.decides not in sets: raise ValueError(f'evaluation.decides is {config.evaluation.decides!r}; there are {", ".join(sets)}')
     check_sets(sets)
     if c.global_batch_size < 2: raise ValueError('train.global_batch_size is 1, and the verdict rests on the spread of contexts over a batch: choose 2 or more')
-    if (logged := rows_with_a_loss(config)) < 4:
+    if not c.minutes and (logged := rows_with_a_loss(config)) < 4:
         raise ValueError(f'train.steps {c.steps} and train.log_every {c.log_every} make {logged} rows of the record that are sure to have a loss, for a sample may take {config.decoder.halt_max_steps} updates, and a verdict needs four: log more often or train longer')
 
 
@@ -635,7 +644,7 @@ def closing(config: ExperimentConfig, rows: list[dict], verdicts: dict[str, Verd
     "What was asked, the table, the verdict, where the figures are, what to try next: one screen."
     c, decides = config.train, config.evaluation.decides
     again = [r | rate(solved_among(r, 'new tasks').values()) | dict(set=f'{decides}, new') for r in rows if r['set'] == decides and 'new tasks' in verdicts]
-    return f"""Does the encoder steer the {'frozen' if c.freeze_decoder else 'trained'} decoder to tasks that neither has seen? ({c.steps} updates of {c.global_batch_size}, seed {c.seed})
+    return f"""Does the encoder steer the {'frozen' if c.freeze_decoder else 'trained'} decoder to tasks that neither has seen? ({f'{c.minutes:g} minutes' if c.minutes else f'{c.steps} updates'} of {c.global_batch_size}, seed {c.seed})
 Tasks solved at the first answer, {config.evaluation.num_aug + 1} views voting (95% interval); '{decides}, new' are those without a training rule among their views:
 
 {format_results(again + rows)}

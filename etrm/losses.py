@@ -54,10 +54,17 @@ def contrastive_loss(
     b: Tensor,  # (B, T, D) of the same tasks, from other demonstrations
     groups: Tensor,  # (B,) which task
     temperature: float = .1,
+    there: Tensor | None = None,  # (B,) bool, which samples count; None: all
 ) -> Tensor:  # scalar; 0 where everything points the right way without doubt
     "InfoNCE between the contexts of the batch (arXiv 1807.03748)."
-    mean = torch.cat([a, b]).mean(0)
+    there = torch.ones_like(groups, dtype=torch.bool) if there is None else there
+    some = there.any()
+    there = there | ~some  # a mean over none would not be a number
+    both, weight = torch.cat([a, b]), torch.cat([there, there])[:, None, None]
+    mean = (both * weight).sum(0) / weight.sum()
     a, b = (F.normalize((x - mean).flatten(1), dim=1) for x in (a, b))
     itself = torch.arange(len(a), device=a.device)
-    logits = (a @ b.T / temperature).masked_fill((groups[:, None] == groups) & ~torch.eye(len(a), dtype=torch.bool, device=a.device), -torch.inf)
-    return (F.cross_entropy(logits, itself) + F.cross_entropy(logits.T, itself)) / 2
+    unseen = (groups[:, None] == groups) | ~(there[:, None] & there)
+    logits = (a @ b.T / temperature).masked_fill(unseen & (itself[:, None] != itself), -torch.inf)
+    asked = itself.masked_fill(~there, IGNORE_LABEL)
+    return some * (F.cross_entropy(logits, asked) + F.cross_entropy(logits.T, asked)) / 2

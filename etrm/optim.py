@@ -65,8 +65,10 @@ class AdamATan2(torch.optim.Optimizer):
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2); torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
-        for p, m_, v_, t_ in zip(params, m, v, t):
-            p.sub_(torch.atan2(m_ / (1 - beta1**t_), (v_ / (1 - beta2**t_)).sqrt_()), alpha=lr)
+        m, v = torch._foreach_div(m, [1 - beta1**n for n in t]), torch._foreach_div(v, [1 - beta2**n for n in t])
+        torch._foreach_sqrt_(v)
+        for m_, v_ in zip(m, v): m_.atan2_(v_)
+        torch._foreach_sub_(params, m, alpha=lr)
 
 # %% ../nbs/api/09_optim.ipynb #e5bb510e
 class TableSGD:
@@ -84,11 +86,12 @@ class TableSGD:
         if self.table.touched is None or self.table.touched[1].grad is None:
             raise ValueError('the table has no gradient to apply: call it in training mode and back-propagate first')
         identifiers, rows = self.table.touched
-        touched, where = identifiers.unique(return_inverse=True)
-        gradient = torch.zeros(len(touched), rows.shape[1], device=rows.device).index_add_(0, where, rows.grad)
-        old = self.table.weights[touched]
+        # one place for each identifier, its first in sorted order: as many places as samples, so that no GPU is asked how many there are
+        place = torch.searchsorted(identifiers.sort().values, identifiers)
+        gradient = torch.zeros_like(rows).index_add_(0, place, rows.grad)[place]
+        old = self.table.weights[identifiers]
         direction = gradient.sign() if self.rule == 'sign' else at_rms_1(gradient)
-        self.table.weights[touched] = old * (1 - self.lr * self.weight_decay) - self.lr * direction
+        self.table.weights[identifiers] = old * (1 - self.lr * self.weight_decay) - self.lr * direction
         self.table.touched = None
 
 # %% ../nbs/api/09_optim.ipynb #4b81c9d3
@@ -96,10 +99,11 @@ def lr_scale(
     step: int,  # 0 for the first
     total_steps: int,  # of the run
     config: OptimConfig,
+    share: float | None = None,  # of a run by the clock that is over, 0 to 1; None: the run goes by steps
 ) -> float:  # factor on every learning rate
-    "Linear warm-up over `lr_warmup_steps`, then cosine to `lr_min_ratio` at `total_steps`."
+    "Linear warm-up over `lr_warmup_steps`, then cosine to `lr_min_ratio` at `total_steps`, or at the end of the time."
     if step < config.lr_warmup_steps: return (step + 1) / config.lr_warmup_steps
-    progress = (step - config.lr_warmup_steps) / max(1, total_steps - config.lr_warmup_steps)
+    progress = (step - config.lr_warmup_steps) / max(1, total_steps - config.lr_warmup_steps) if share is None else share
     return config.lr_min_ratio + (1 - config.lr_min_ratio) * .5 * (1 + math.cos(math.pi * min(1., progress)))
 
 # %% ../nbs/api/09_optim.ipynb #230d637f

@@ -105,6 +105,7 @@ def update_flops(
 
 def with_equal_compute(config: ExperimentConfig, base: ExperimentConfig, decoder: Decoder, table: PuzzleEmbedding | None) -> ExperimentConfig:
     "The configuration with as many updates as the base's operations pay for."
+    if base.train.minutes or config.train.minutes: raise ValueError('equal compute counts updates, and train.minutes makes as many as there is time for: set it to 0')
     budget = base.train.steps * update_flops(base, decoder, table)
     steps = max(1, round(budget / update_flops(config, decoder, table)))
     return config.with_(train=dict(steps=steps))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STOPS', 'AGAIN', 'SAVE_SECONDS', 'SAVE_SHARE', 'WAITS', 'to_tensors', 'context_of', 'context_statistics', 'grad_norm',
            'clip_gradients', 'TrainConfig', 'Stopped', 'handling', 'noting_interrupts', 'finishing', 'stops_interrupt',
-           'Diverged', 'Faults', 'insisting', 'Pace', 'paced', 'Trainer', 'random_state', 'set_random_state',
-           'averages']
+           'Diverged', 'Faults', 'insisting', 'Pace', 'paced', 'Clock', 'counted', 'Trainer', 'random_state',
+           'set_random_state', 'averages']
 
 # %% ../nbs/api/11_training.ipynb #d9b6a487
+import math
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from typing import Callable, Iterator, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,7 +30,7 @@ from .contexts import PuzzleEmbedding, search
 from .data import Stream
 from .decoder import Carry, Decoder
 from .devices import widest_float
-from .distributed import broadcast, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
+from .distributed import broadcast, first_says, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
 from .grids import IGNORE_LABEL, PAD
 from .losses import contrastive_loss, stablemax_cross_entropy, trm_loss
 from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
@@ -69,10 +70,11 @@ def context_statistics(
 # %% ../nbs/api/11_training.ipynb #bc202b71
 def grad_norm(
     parameters,  # iterable of parameters
+    device: str | torch.device = 'cpu',  # where the answer lies if nothing has a gradient
 ) -> Tensor:  # scalar; 0 where nothing has a gradient
     "The L2 norm of all gradients together."
     grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros((), device=device)
 
 
 def clip_gradients(
@@ -81,10 +83,10 @@ def clip_gradients(
     max_norm: float,  # 0 does not clip
 ) -> dict[str, Tensor]:  # grad/encoder_norm, grad/inner_norm, grad/total_norm, before and, named _clipped, after
     "Clip the total norm and tell the norms before and after."
-    norms = {'grad/encoder_norm': grad_norm(source.parameters()), 'grad/inner_norm': grad_norm(decoder.parameters())}
-    norms = {name: norm.to(next(decoder.parameters()).device) for name, norm in norms.items()}  # of a table, or of a frozen decoder, it is a plain 0
+    device = next(decoder.parameters()).device
+    norms = {f'grad/{name}_norm': grad_norm(m.parameters(), device) for name, m in dict(encoder=source, inner=decoder).items()}
     norms['grad/total_norm'] = total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-    factor = (max_norm / total.clamp(min=1e-12)).clamp(max=1.) if max_norm else torch.ones(())
+    factor = (max_norm / total.clamp(min=1e-12)).clamp(max=1.) if max_norm else torch.ones((), device=device)
     grads = [p.grad for m in (decoder, source) for p in m.parameters() if p.grad is not None]
     if max_norm and grads: torch._foreach_mul_(grads, factor)
     return norms | {f'{name}_clipped': norm * factor for name, norm in norms.items()}
@@ -96,7 +98,8 @@ class TrainConfig(Settings):
     global_batch_size: int = Field(128, ge=1, le=10**6)
     seed: int = 0
     freeze_decoder: bool = False
-    compile: bool = Field(False, description="torch.compile the decoder's blocks; needs a C++ compiler on CPU")
+    minutes: float = Field(0., ge=0, le=10**6, description='train by the clock: so long, whatever number of updates that makes, and steps is not read; the rates go by the share of the time. 0: steps says how long')
+    compile: Literal['no', 'blocks', 'cycle', 'graphs'] = Field('no', description="what of the decoder torch.compile takes as one graph: its blocks (true says that too), a whole H cycle, or that as CUDA graphs; needs a C++ compiler on a CPU, and half a minute")
     search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations between context and answer, in every update')
     search_lr: float = Field(.05, gt=0, description='of that search; `etrm search` and its like take it too where they are given none')
     search_rule: Literal['adam', 'normalised'] = Field('adam', description='how that search steps, and `etrm search` and its like where they are given none: by Adam, or by the gradient at RMS 1')
@@ -106,6 +109,10 @@ class TrainConfig(Settings):
     eval_every: int = Field(0, ge=0, description='0 evaluates only at the end')
     save_every: int = Field(0, ge=0, description='updates from save to save; 0 saves by the clock, every five minutes; all runs are saved at update 0 and at the end as well')
     optim: OptimConfig = OptimConfig()
+
+    @field_validator('compile', mode='before')
+    @classmethod
+    def _true_is_blocks(cls, said): return {True: 'blocks', False: 'no'}[said] if isinstance(said, bool) else said
 
 # %% ../nbs/api/11_training.ipynb #b82ab4dc
 STOPS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name))
@@ -256,6 +263,47 @@ def paced(
         except Diverged as error:
             raise Diverged(f'{error}; {pace}. Start anew with a smaller optim.lr, or with optim.grad_clip') from error
 
+# %% ../nbs/api/11_training.ipynb #5580afb1
+class Clock:
+    "How much of its time a run has used: the first process's, on all of them."
+    def __init__(self,
+        minutes: float,  # that the run takes, above 0
+    ):
+        self.seconds = 60 * minutes
+        self.go_on(0.)
+
+    def go_on(self,
+        used: float,  # seconds, by earlier processes
+    ):
+        "Time runs from now."
+        self.used, self.seen = used, time.monotonic()
+
+    def look(self):
+        "Add what passed since the last look."
+        now = time.monotonic()
+        self.used, self.seen = first_says(self.used + now - self.seen), now
+
+    @property
+    def share(self) -> float:  # 0 to 1
+        "Of the time that was over at the last look."
+        return min(1., self.used / self.seconds)
+
+
+def counted(
+    made: int,  # updates that are made already
+    until: float,  # so many in all, at most
+    clock: Clock | None,  # ends them too; looked at in every update
+    what: str,  # for the progress bar
+) -> Iterator[int]:
+    "The numbers of the updates that are to be made, under a progress bar."
+    bar = dict(desc=what, mininterval=1, disable=not is_first())
+    if clock is None: yield from tqdm(range(made + 1, until + 1), initial=made, total=until, **bar); return
+    with tqdm(initial=round(clock.used), total=round(clock.seconds), unit='s', **bar) as shown:
+        while made < until and clock.share < 1:
+            made += 1
+            yield made
+            shown.set_postfix(updates=made, refresh=False); shown.update(round(clock.used) - shown.n)
+
 # %% ../nbs/api/11_training.ipynb #aed1b225
 class Trainer:
     "A run of the loop: `step` makes one update, `run` makes them all."
@@ -271,6 +319,9 @@ class Trainer:
         decoder.requires_grad_(not config.freeze_decoder)
         trains = [p for m in (decoder, source) for p in m.parameters() if p.requires_grad]
         self.sparse = TableSGD(source, rule=config.optim.puzzle_emb_rule) if isinstance(source, PuzzleEmbedding) else None
+        if self.sparse:
+            source.check(stream.data.identifiers)
+            source.checks = False  # in an update that would be waiting
         if not trains and self.sparse is None: raise ValueError('nothing trains: the decoder is frozen and the source has no parameters')
         for key in ('search_steps', 'contrast', 'rows'):
             if getattr(config, key) and 'demo_inputs' not in source.reads: raise ValueError(f'{key} needs demonstrations, which a table does not read: set it to 0')
@@ -282,10 +333,16 @@ class Trainer:
         self.faults = Faults(decoder.H_init.device)
         self.ema = EMA(self.modules, o.ema_rate) if o.ema_rate else None
         self.rows = share(config.global_batch_size)  # this process's, of every batch
+        self.clock = Clock(config.minutes) if config.minutes else None
         self.carry, self.slots, self.sums = decoder.initial_carry(self.rows.stop - self.rows.start), None, None
         broadcast(self.modules)
         torch.manual_seed(config.seed)
-        if config.compile: decoder.L_level.compile()
+        decoder.compile_parts(config.compile)
+
+    @property
+    def finished(self) -> bool:
+        "Whether all configured updates are made, or all of the time is used."
+        return self.clock.share >= 1 if self.clock else self.updates >= self.config.steps
 
     def refill(self):
         "Put new samples where slots have halted."
@@ -298,6 +355,7 @@ class Trainer:
         "One update."
         self.decoder.train(); self.source.train()
         self.refill()
+        if self.config.compile == 'graphs': torch.compiler.cudagraph_mark_step_begin()
         contrast = self.contrast()
         context = context_of(self.source, self.slots)
         self.carry, logits, (q_halt, _) = self.decoder(self.carry, self.slots['inputs'], context + self.way_searched(context), self.slots.get('extent'))
@@ -309,9 +367,10 @@ class Trainer:
         sum_gradients(self.decoder, self.source, beside=(whole,))
         norms = clip_gradients(self.decoder, self.source, self.config.optim.grad_clip)
         self.faults.note(self.updates + 1, whole, torch.hypot(norms['grad/total_norm'], self.row_norm()))
-        scale = lr_scale(self.updates, self.config.steps, self.config.optim)
+        scale = lr_scale(self.updates, self.config.steps, self.config.optim, self.clock and self.clock.share)
         self.apply(scale)
         self.updates += 1
+        if self.clock: self.clock.look()
         done = self.carry.halted.float()
         metrics = {f'train/{k}': (v * done).sum() for k, v in sums.items()} | {'train/steps': (self.carry.steps * done).sum()}
         return metrics | norms | {'train/lr': torch.tensor(self.config.optim.lr * scale)}, context
@@ -322,8 +381,7 @@ class Trainer:
         half, demos = self.slots['demo_mask'].shape[1] // 2, [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
         two = [[d[:, part] for d in demos] for part in (slice(half), slice(half, None))]
         both = two[0][2].any(1) & two[1][2].any(1)  # one demonstration has no halves
-        if not both.any(): return 0.
-        return self.config.contrast * contrastive_loss(*(self.source(*(d[both] for d in part)) for part in two), self.slots['group'][both])
+        return self.config.contrast * contrastive_loss(*(self.source(*part) for part in two), self.slots['group'], there=both)
 
     def way_searched(self, context: Tensor) -> Tensor | float:
         "How far `search` on the demonstrations moves the context; a constant for the gradient, as in arXiv 2411.08706."
@@ -354,11 +412,12 @@ class Trainer:
         log: Callable[[int, dict[str, float]], None],  # gets the number of updates and the record's values
         evaluate: Callable[[], dict[str, float]] | None = None,  # its values are logged; run on the averaged weights
         save: Callable[[], Path] | None = None,  # called when `Pace` says so; answers where it saved
-        until: int | None = None,  # stop after this many updates in all; None: the configured number
+        until: int | None = None,  # stop after this many updates in all; None: at the configured end
     ):
         "Train from wherever the state is."
-        until = self.config.steps if until is None else until
-        if not 0 <= until <= self.config.steps: raise ValueError(f'until is {until}: the schedule is of {self.config.steps} updates; set steps for more')
+        most = math.inf if self.clock else self.config.steps
+        until = most if until is None else until
+        if not 0 <= until <= most: raise ValueError(f'until is {until}: the schedule is of {most} updates; set steps for more')
         keep = save and partial(self.checked, save)
         with paced(keep, self.config.save_every, self.updates) as pace: self.loop(pace, log, evaluate, until)
 
@@ -372,20 +431,21 @@ class Trainer:
         average = {f'average of {n}': t for n, t in self.ema.average.items()} if self.ema else {}
         self.faults.check_weights(self.updates, self.modules.state_dict() | average)
 
-    def loop(self, pace: Pace, log, evaluate, until: int):
+    def loop(self, pace: Pace, log, evaluate, until: float):
         c = self.config
-        for at in tqdm(range(self.updates, until), initial=self.updates, total=until, desc='train', mininterval=1, disable=not is_first()):
+        for made in counted(self.updates, until, self.clock, 'train'):
             metrics, context = self.step()
             train = {k: v for k, v in metrics.items() if k.startswith('train/') and k != 'train/lr'}
             self.sums = train if self.sums is None else {k: self.sums[k] + v for k, v in train.items()}
-            if (at + 1) % c.log_every == 0 or at + 1 == until:
+            if made % c.log_every == 0 or made == until or self.finished:
                 self.faults.check()
                 sum_over_ranks(self.sums.values())
                 rest = {k: v.item() for k, v in metrics.items() if k not in train}
-                log(at + 1, averages(self.sums) | rest | context_statistics(gather(context), gather(self.slots['group'])))
+                if self.clock: rest['train/minutes'] = self.clock.used / 60
+                log(made, averages(self.sums) | rest | context_statistics(gather(context), gather(self.slots['group'])))
                 self.sums = None
-            if evaluate and c.eval_every and (at + 1) % c.eval_every == 0: log(at + 1, self.averaged(evaluate))
-            pace(at + 1)
+            if evaluate and c.eval_every and made % c.eval_every == 0: log(made, self.averaged(evaluate))
+            pace(made)
         self.check_finite()  # the last update's loss says nothing of the weights it made
 
     def averaged(self, function: Callable):
@@ -402,7 +462,7 @@ class Trainer:
         sums = self.sums and {k: v.clone() for k, v in self.sums.items()}
         if sums: sum_over_ranks(sums.values())
         return dict(updates=self.updates, modules=self.modules.state_dict(), dense=self.dense and self.dense.state_dict(), ema=self.ema and self.ema.average,
-            carry=whole(vars(self.carry)), slots=whole(self.slots), sums=sums) | random_state()
+            carry=whole(vars(self.carry)), slots=whole(self.slots), sums=sums, seconds=self.clock and self.clock.used) | random_state()
 
     def load_state_dict(self, state: dict):
         "Go on exactly where `state_dict` was taken, on as many processes or on another number."
@@ -411,6 +471,7 @@ class Trainer:
         self.modules.load_state_dict(state['modules'])
         if self.dense: self.dense.load_state_dict(state['dense'])
         if self.ema: self.ema.average = {n: t.to(device) for n, t in state['ema'].items()}
+        if self.clock: self.clock.go_on(state['seconds'])
         self.updates, self.carry, self.slots = state['updates'], Carry(**mine(state['carry'])), mine(state['slots'])
         # the sums so far are everybody's: one process goes on with them, the others from zero
         self.sums = state['sums'] and {k: (v if is_first() else torch.zeros_like(v)).to(device) for k, v in state['sums'].items()}
