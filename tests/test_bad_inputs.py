@@ -582,7 +582,7 @@ QUICK = ['inspect checkpoints/lab_decoder', 'inspect checkpoints/lab_run --json'
 @pytest.mark.parametrize('line', QUICK)
 def test_quick_commands_put_json_on_stdout_and_nothing_else(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if line.startswith('bench'): monkeypatch.setattr('etrm.bench.SHAPES', {}) or monkeypatch.setattr('etrm.bench.measure', lambda seconds, compiled: [dict(shape='lab', seconds=seconds)])
+    if line.startswith('bench'): monkeypatch.setattr('etrm.bench.measure', lambda seconds, shapes, parts, device: [dict(shape='lab', seconds=seconds)])
     found = cli.invoke(app, shlex.split(line))
     assert found.exit_code == 0, found.stderr
     assert isinstance(json.loads(found.stdout), (dict, list)) and ('\n' not in found.stdout.strip() or '--json' not in line)
