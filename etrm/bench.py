@@ -152,7 +152,7 @@ def share_outside(
     calls: int = 3,
 ) -> float:  # 0 to 1
     "The share of the time in which the device has nothing to do for the function, by torch's profiler: Python, numpy, waiting."
-    os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # or each start of the profiler is a line on standard error
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or each start of the profiler is a line on standard error
     gpu = torch.device(device).type == 'cuda'
     call = waited(function, device)
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as found: seconds = sum(call() for _ in range(calls))
