@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # one thread a process: two notebooks, and then two tests, run at once
 TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=disabled MPLBACKEND=agg
 
-.PHONY: run test lab docs test-browser readme export clean
+.PHONY: run test lab docs test-browser test-gpu readme export clean
 
 run: $(VENV)/.installed        ## environment; the report's experiment, to a verdict on 400 tasks; then what the best encoder adds to a search
 	$(BIN)/etrm run cfg_test_frozen_decoder tasks.max_eval_groups=400 evaluation.others=50
@@ -26,6 +26,10 @@ docs: $(VENV)/.installed-docs   ## the site, from the notebooks as they are
 
 test-browser: docs             ## in Chromium, which must be installed: every page of the site; the experiment in JupyterLab
 	PATH="$(abspath $(BIN)):$$PATH" REQUIRE_BROWSER=1 $(BIN)/pytest -q tests/test_site.py tests/test_jupyterlab.py
+
+test-gpu: $(VENV)/.installed-dev ## on a machine with a GPU: the tests that need one, then the bench's table
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -q -m cuda tests
+	$(BIN)/etrm bench --device cuda --compile blocks,cycle,graphs
 
 readme: $(VENV)/.installed-dev ## README.md from nbs/index.ipynb
 	$(BIN)/python nbs/_readme.py

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_CONFIG_BYTES', 'NUMBERS', 'ONLY', 'OFFICIAL_KEYS', 'CheckpointError', 'strip_prefix', 'load_strictly',
            'check_shapes', 'pieces', 'all_finite', 'unclear', 'with_plain_numbers', 'PlainLoader', 'plain_yaml',
-           'read_plain_yaml', 'sha256', 'write_sums', 'is_noted', 'check_sum', 'load_checkpoint', 'is_unfinished',
-           'fitting_sizes', 'build', 'weights_file', 'official_files', 'holds_weights', 'read_tensors',
-           'official_names', 'official_part', 'read_safetensors', 'read_pickle', 'read_torch', 'read_config',
+           'read_plain_yaml', 'sha256', 'write_sums', 'is_noted', 'check_sum', 'Checkpoint', 'load_checkpoint',
+           'is_unfinished', 'fitting_sizes', 'build', 'weights_file', 'official_files', 'holds_weights', 'read_tensors',
+           'by_part', 'official_names', 'official_part', 'read_safetensors', 'read_pickle', 'read_torch', 'read_config',
            'config_file', 'decoder_config', 'check_sizes', 'check_rows', 'table_from', 'row_names', 'save_checkpoint',
            'remove', 'write_files', 'finish_interrupted_save', 'load_training_state', 'compare_decoders', 'describe',
            'format_of']
@@ -19,8 +19,9 @@ import os
 import re
 import shutil
 import zipfile
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import yaml
@@ -32,6 +33,7 @@ from torch import Tensor
 from .contexts import PuzzleEmbedding
 from .data import read_identifiers
 from .decoder import Decoder, DecoderConfig
+from .encoders import DemoEncoder, EncoderConfig
 from .files import file_size, note, read_file
 from .layers import swiglu_width
 
@@ -130,7 +132,10 @@ def read_plain_yaml(file: Path, error: type[ValueError] = ValueError) -> Any:
 # %% ../nbs/api/10_checkpoints.ipynb #6bb64db9
 def sha256(file: Path) -> str:
     file_size(file, CheckpointError)  # a pipe would be waited for
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with open(file, 'rb') as content:
+        while piece := content.read(2**20): found.update(piece)
+    return found.hexdigest()
 
 
 def write_sums(folder: Path):
@@ -147,33 +152,92 @@ def is_noted(file: Path) -> bool:
 
 def check_sum(
     file: Path,  # of a checkpoint
+    digest: Callable[[Path], str] = sha256,
 ) -> bool:  # False where nothing is noted beside it
     "Raise a CheckpointError where a file is not the one that was written."
     if not (noted := file.parent / 'SHA256SUMS').exists(): return False
     lines = read_file(noted, MAX_CONFIG_BYTES, 'a list of checksums', CheckpointError).decode(errors='replace').splitlines()
-    if f'{sha256(file)}  {file.name}' not in lines:
+    if f'{digest(file)}  {file.name}' not in lines:
         raise CheckpointError(f'{file} is not what was written there: its checksum differs from {noted}. Take another copy; if you changed it on purpose, delete {noted.name}')
     return True
 
 # %% ../nbs/api/10_checkpoints.ipynb #ac1615f4
+class Checkpoint:
+    "A checkpoint whose files are read once and hashed once, however often it is asked. Where a path is asked for, it stands for its path."
+    def __init__(self,
+        path: str | Path,  # a folder, ours or official, or an official file
+    ):
+        self.path, self.sums = Path(path), {}
+
+    @classmethod
+    def of(cls, path: 'str | Path | Checkpoint') -> 'Checkpoint': return path if isinstance(path, cls) else cls(path)
+
+    def __str__(self): return str(self.path)
+
+    def __fspath__(self): return str(self.path)
+
+    def sha256(self, file: Path) -> str:
+        "Of one of its files."
+        if file not in self.sums: self.sums[file] = sha256(file)
+        return self.sums[file]
+
+    @cached_property
+    def weights_file(self) -> Path: return weights_file(self.path)
+
+    @cached_property
+    def config_file(self) -> Path: return config_file(self.path)
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:  # 'decoder', 'table' and 'encoder': tensors by name, float32; a table as it is in the file
+        file = self.weights_file
+        named = read_safetensors(file, self.sha256) if file.suffix == '.safetensors' else official_names(read_pickle(file), file)
+        return by_part(named, self.path)
+
+    @cached_property
+    def config(self) -> dict:
+        "What the configuration beside the weights says."
+        if not self.config_file.exists(): raise CheckpointError(f'{self.config_file} is missing: sizes like L_cycles are not in the weights and must not be guessed')
+        check_sum(self.config_file, self.sha256)
+        found = read_plain_yaml(self.config_file, CheckpointError)
+        if not isinstance(found, dict) or not all(isinstance(k, str) for k in found): raise CheckpointError(f'{self.config_file} is not a configuration')
+        return found
+
+    def decoder(self,
+        canvas: int | None = None,  # needed for an official one: it does not say; 30 for ARC
+        device: str | torch.device = 'cpu',
+    ) -> Decoder:  # a new one, in evaluation mode
+        sizes = fitting_sizes(self.path, self.tensors, self.config, canvas)
+        return build(lambda: Decoder(sizes), self.tensors['decoder'], self.path).to(device).eval()
+
+    def table(self, canvas: int | None = None) -> PuzzleEmbedding | None:  # None where the file has none
+        "Its rows stay where they were read: they are not to be changed."
+        sizes, rows = fitting_sizes(self.path, self.tensors, self.config, canvas), self.tensors['table']
+        found = table_from(rows, sizes, self) if rows else None
+        check_rows(self.config, found, self.path)
+        return found
+
+    def encoder(self,
+        config: EncoderConfig,  # that it was built with
+        device: str | torch.device = 'cpu',
+    ) -> DemoEncoder:  # a new one, in evaluation mode
+        return build(lambda: DemoEncoder(config), self.tensors['encoder'], self.path).to(device).eval()
+
+
 def load_checkpoint(
-    path: str | Path,  # a folder, ours or official, or an official file
+    path: str | Path | Checkpoint,  # a folder, ours or official, or an official file
     canvas: int | None = None,  # needed for an official one: it does not say; 30 for ARC
+    device: str | torch.device = 'cpu',  # of the decoder; a table stays where it was read
 ) -> tuple[Decoder, PuzzleEmbedding | None, dict]:  # decoder (evaluation mode), table or None, the file's own configuration
     "Read a decoder and its table from an official or an own checkpoint."
-    path = Path(path)
-    tensors, config = read_tensors(path), read_config(path)
-    if is_unfinished(path): note(f'{path} is of a run that is not finished: its weights may not be averaged yet')
-    sizes = fitting_sizes(path, tensors, config, canvas)
-    decoder = build(lambda: Decoder(sizes), tensors['decoder'], path)
-    table = table_from(tensors['table'], sizes, path) if tensors['table'] else None
-    check_rows(config, table, path)
-    return decoder.eval(), table, config
+    checkpoint = Checkpoint.of(path)
+    checkpoint.tensors, checkpoint.config  # what cannot be read is said first
+    if is_unfinished(checkpoint): note(f'{checkpoint} is of a run that is not finished: its weights may not be averaged yet')
+    return checkpoint.decoder(canvas, device), checkpoint.table(canvas), checkpoint.config
 
 
-def is_unfinished(path: str | Path) -> bool:
+def is_unfinished(checkpoint: Checkpoint) -> bool:
     "Whether a checkpoint was saved to be resumed."
-    file = weights_file(path)
+    file = checkpoint.weights_file
     return file.suffix == '.safetensors' and (file.parent / 'training_state.pt').exists()
 
 
@@ -228,10 +292,16 @@ def holds_weights(folder: Path) -> bool:
     return folder.is_dir() and ((folder / 'model.safetensors').exists() or bool(official_files(folder)))
 
 
-def read_tensors(path: str | Path) -> dict[str, dict[str, Tensor]]:  # 'decoder', 'table' and 'encoder': tensors by name, float32; a table as it is in the file
+def read_tensors(path: str | Path | Checkpoint) -> dict[str, dict[str, Tensor]]:  # 'decoder', 'table' and 'encoder': tensors by name, float32; a table as it is in the file
     "All tensors of a checkpoint, official or own, by part."
-    file = weights_file(path)
-    named = read_safetensors(file) if file.suffix == '.safetensors' else official_names(read_pickle(file), file)
+    return Checkpoint.of(path).tensors
+
+
+def by_part(
+    named: dict[str, Tensor],  # by our names
+    path: Path,  # for the error
+) -> dict[str, dict[str, Tensor]]:  # 'decoder', 'table' and 'encoder'
+    "Tensors by the part that they are of, seen to be weights."
     parts = {'decoder': {}, 'table': {}, 'encoder': {}}
     for name, tensor in named.items():
         part, _, rest = name.partition('.')
@@ -253,9 +323,9 @@ def official_part(name: str) -> str:
     return 'table.weights' if name == 'puzzle_emb.weights' else f'decoder.{name}'
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, digest: Callable[[Path], str] = sha256) -> dict[str, Tensor]:
     file_size(path, CheckpointError)
-    check_sum(path)
+    check_sum(path, digest)
     try: return load_file(path)
     except Exception as error: raise CheckpointError(f'{path} is not a readable safetensors file ({error}): it may be cut short; take another copy') from error
 
@@ -286,14 +356,9 @@ def read_torch(
     except Exception as error: raise CheckpointError(f'{path} is not a checkpoint of plain tensors ({str(error)[:200]}): take another copy') from error
 
 # %% ../nbs/api/10_checkpoints.ipynb #a1084b6a
-def read_config(path: str | Path) -> dict:
+def read_config(path: str | Path | Checkpoint) -> dict:
     "What the configuration beside a checkpoint says."
-    file = config_file(path)
-    if not file.exists(): raise CheckpointError(f'{file} is missing: sizes like L_cycles are not in the weights and must not be guessed')
-    check_sum(file)
-    found = read_plain_yaml(file, CheckpointError)
-    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found): raise CheckpointError(f'{file} is not a configuration')
-    return found
+    return Checkpoint.of(path).config
 
 
 def config_file(path: str | Path) -> Path:
@@ -353,7 +418,7 @@ def check_rows(config: dict, table: PuzzleEmbedding | None, path: str | Path):
     if table is not None and ndim != table.weights.shape[1]: raise CheckpointError(f'{path}: arch.puzzle_emb_ndim is {ndim}, but a row of puzzle_emb.weights {tuple(table.weights.shape)} has {table.weights.shape[1]}')
 
 
-def table_from(tensors: dict[str, Tensor], config: DecoderConfig, path: str | Path) -> PuzzleEmbedding:
+def table_from(tensors: dict[str, Tensor], config: DecoderConfig, path: str | Path | Checkpoint) -> PuzzleEmbedding:
     "A table around rows that were read."
     if set(tensors) != {'weights'} or tensors['weights'].ndim != 2 or not tensors['weights'].numel(): raise CheckpointError(f'{path}: the table is not one tensor of rows but { {n: tuple(t.shape) for n, t in tensors.items()} }')
     if not all_finite(tensors['weights']): raise CheckpointError(f'{path}: the table has values that are not finite')
@@ -364,15 +429,16 @@ def table_from(tensors: dict[str, Tensor], config: DecoderConfig, path: str | Pa
 
 
 def row_names(
-    path: str | Path,  # a checkpoint
+    path: str | Path | Checkpoint,  # a checkpoint
     rows: int,  # of its table, the blank one included
 ) -> tuple[str, ...] | None:  # None where it does not say
     "Whose each row is: `identifiers.json` beside the weights, as in a dataset of TRM."
-    file = weights_file(path).parent / 'identifiers.json'
+    checkpoint = Checkpoint.of(path)
+    file = checkpoint.weights_file.parent / 'identifiers.json'
     if not file.exists():
         if is_noted(file): raise CheckpointError(f'{file} is missing, which SHA256SUMS names: take another copy of the checkpoint')
         return None
-    check_sum(file)
+    check_sum(file, checkpoint.sha256)
     try: names = read_identifiers(file)
     except ValueError as error: raise CheckpointError(str(error)) from error
     if len(names) != rows: raise CheckpointError(f'{file} has {len(names):,} names, the table beside it {rows:,} rows: they are not of one training')
@@ -455,13 +521,14 @@ def compare_decoders(
 
 # %% ../nbs/api/10_checkpoints.ipynb #64b3d15a
 def describe(
-    path: str | Path,  # an official or own checkpoint
+    path: str | Path | Checkpoint,  # an official or own checkpoint
 ) -> dict:
     "What a checkpoint is: its format, its parts, their sizes, its configuration."
-    tensors = read_tensors(path)
+    checkpoint = Checkpoint.of(path)
+    tensors = checkpoint.tensors
     parts = {part: dict(tensors=len(t), parameters=sum(x.numel() for x in t.values()), norm=round(float(sum(x.double().square().sum() for y in t.values() for x in pieces(y))**.5), 4)) for part, t in tensors.items() if t}
-    file = weights_file(path)
-    own, noted, config = file.suffix == '.safetensors', file.parent / 'SHA256SUMS', read_config(path)
+    file = checkpoint.weights_file
+    own, noted, config = file.suffix == '.safetensors', file.parent / 'SHA256SUMS', checkpoint.config
     return dict(path=str(path), **format_of(path, tensors, config, own), resumable=(Path(path) / 'training_state.pt').exists(), checksums=own and noted.exists(),
                 rows=tensors['table']['weights'].shape[0] if tensors['table'] else 0, parts=parts, config=config)
 

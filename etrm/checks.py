@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .contexts import shuffled
 from .decoder import Decoder, DecoderConfig, last_step
+from .devices import where_is, widest_float
 from .grids import COLOUR_OFFSET
 from .losses import trm_loss
 from .training import clip_gradients, context_of, context_statistics
@@ -47,7 +48,7 @@ def check_answers(
     grids = torch.randint(COLOUR_OFFSET, c.vocab_size, (n, c.canvas**2), generator=generator)
     if contexts is None: contexts = torch.randn(n, c.puzzle_emb_len, c.hidden_size, generator=generator)
     contexts = contexts[torch.arange(n) % len(contexts)]
-    logits = [last_logits(d, grids, contexts) for d in (first, second)]
+    logits = [last_logits(d, grids, contexts).cpu() for d in (first, second)]
     found = dict(differing=(logits[0].argmax(-1) != logits[1].argmax(-1)).float().mean().item(), difference=(logits[0] - logits[1]).abs().max().item())
     if not found['difference'] <= tolerance:
         raise CheckError(f'{found["differing"]:.1%} of the answers differ, logits by up to {found["difference"]:.3g}; the configurations differ in: {", ".join(keys) or "nothing, so the weights do"}')
@@ -56,6 +57,7 @@ def check_answers(
 
 def last_logits(decoder: Decoder, inputs: Tensor, contexts: Tensor) -> Tensor:  # (B, S, V)
     "The logits after all of the decoder's supervision steps, on the whole canvas."
+    inputs, contexts = inputs.to(where_is(decoder)), contexts.to(where_is(decoder))
     return last_step(decoder, inputs, contexts, torch.full((len(inputs), 2), decoder.config.canvas, device=inputs.device))[0]
 
 # %% ../nbs/api/14_checks.ipynb #05283d81
@@ -89,9 +91,9 @@ def task_share(
 ) -> float:  # 0 where tasks make no difference, 1 where only tasks do; may fall below 0 by chance
     "The share of the contexts' variance that lies between tasks: 1 - within / total."
     _, task = tasks.unique(return_inverse=True)
-    flat, n = contexts.detach().flatten(1).double(), torch.bincount(task)
+    flat, n = contexts.detach().flatten(1).to(widest_float(contexts.device)), torch.bincount(task)
     if not (n > 1).any() or len(n) < 2: raise ValueError('the share between tasks needs two tasks, one of them at least twice')
-    means = torch.zeros(len(n), flat.shape[1], dtype=flat.dtype).index_add_(0, task, flat) / n[:, None]
+    means = torch.zeros(len(n), flat.shape[1], dtype=flat.dtype, device=flat.device).index_add_(0, task, flat) / n[:, None]
     within = (flat - means[task]).square().sum() / (len(flat) - len(n))
     total = flat.var(0).sum()
     return 0. if total <= 1e-12 * flat.square().mean() else (1 - within / total).item()
@@ -132,7 +134,7 @@ def audit(
     for module in (encoder, decoder): module.zero_grad()
     with torch.no_grad():
         context, labels = context_of(encoder.eval(), batch), batch['labels']
-        own, other = (trm_loss(last_logits(decoder, batch['inputs'], c), torch.zeros(len(c)), labels)[1] for c in (context, shuffled(context, batch['group'])))
+        own, other = (trm_loss(last_logits(decoder, batch['inputs'], c), torch.zeros(len(c), device=c.device), labels)[1] for c in (context, shuffled(context, batch['group'])))
         copied = ((batch['inputs'] == labels).float().sum(-1) / (labels >= 0).sum(-1)).mean().item()
     encoder.train(training)
     found = {k: v.item() for k, v in norms.items()} | context_statistics(context, batch['group']) | {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'OVERRIDES', 'DECODER', 'RUNS', 'WANDB', 'TASKS', 'MOST_VIEWS', 'AS_JSON', 'RATE', 'RULE', 'STAGES', 'DEVICE',
-           'RESUME', 'command', 'check_options', 'interrupted', 'present', 'through', 'in_folder', 'run', 'pretrain',
+           'RESUME', 'command', 'check_options', 'interrupted', 'on', 'through', 'in_folder', 'run', 'pretrain',
            'train', 'evaluate', 'evaluated', 'export', 'names_of', 'number_of', 'sets_with_validation', 'interval',
            'chosen_sets', 'oracle', 'study', 'searched_table', 'search', 'that_fit', 'search_table', 'side_by_side',
            'search_curves', 'search_chains', 'stages_of', 'score', 'data', 'verify_decoder', 'sizes_of', 'inspect',
@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from . import bench as benchmark
 from . import chains, experiment, searching, studies, tables, task_sets
 from .checks import CheckError, check_answers, config_differences
-from .checkpoints import CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, read_tensors, save_checkpoint
+from .checkpoints import Checkpoint, CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, save_checkpoint
 from .configs import ExperimentConfig, load_config
 from .data import puzzle_data, read_dataset, read_identifiers, write_dataset
 from .decoder import COMPILED, DecoderConfig
@@ -98,19 +98,20 @@ AS_JSON = typer.Option(False, '--json', help='Print the results as one line of J
 RATE = typer.Option(None, min=0, help="Rate of the search; without it an encoder's train.search_lr, or from a decoder's mean row, and of chains, 0.14 of the standard deviation of the table's rows.")
 RULE = typer.Option(None, help="How the search steps: adam, or normalised, along the gradient at RMS 1; without it an encoder's train.search_rule, or adam; of chains normalised.")
 STAGES = typer.Option('64x5,16x20', help='Of chains: how many to keep, and gradient steps for each, stage by stage.')
-DEVICE = typer.Option('cpu', help='cpu, or cuda: of several processes each takes the GPU of its number.')
+DEVICE = typer.Option('auto', help='auto, cpu, cuda or mps; auto takes a GPU where there is one. Of several processes each takes the GPU of its number.')
 RESUME = typer.Option(None, help='Folder of an interrupted run, to go on with.')
 
 # %% ../nbs/api/20_cli.ipynb #dc2ee892
-def present(device: str) -> str:
-    "The device, seen to be there."
-    if device not in ('cpu', 'cuda'): raise ValueError(f'--device is {device!r}: choose cpu or cuda')
-    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: this machine has no GPU that torch can use; leave it out, or install torch with CUDA')
-    return device
+def on(
+    device: str,  # as the option names it
+) -> torch.device:
+    "The device that a command computes on, which its first line on standard error says."
+    say_device(found := device_of(device))
+    return found
 
 
 def through(
-    decoder: Path,  # checkpoint
+    decoder: Checkpoint,
     config: str,  # name or file
     overrides: list[str] | None,
 ) -> ExperimentConfig:  # with this decoder
@@ -128,8 +129,9 @@ def in_folder(out: Path | None, name: str) -> Path | None:
 def run(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
         resume: Path = RESUME, device: str = DEVICE, as_json: bool = AS_JSON):
     "Run the frozen-decoder experiment: train an encoder, evaluate it beside all controls, give the verdict. Example: etrm run cfg_test_frozen_decoder train.steps=200"
+    place, source = on(device), Checkpoint(decoder)
     say = functools.partial(print, file=sys.stderr) if as_json else print
-    folder = experiment.run(through(decoder, config, overrides), decoder, runs, wandb, say, resume, present(device))
+    folder = experiment.run(through(source, config, overrides), source, runs, wandb, say, resume, place)
     if as_json: print(json.dumps(dict(folder=str(folder), verdict=read_json(folder / 'verdict.json'), results=read_json(folder / 'results.json'))))
 
 
@@ -138,9 +140,9 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
              resume: Path = RESUME, device: str = DEVICE, start: Path = typer.Option(None, help='Checkpoint whose decoder and table are trained further.'),
              fresh_table: bool = typer.Option(False, '--fresh-table', help='Of --start take only the decoder: the tasks are others.'), until: int = typer.Option(None, min=1, help='Stop after this many updates in all.')):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
-    c, device = load_config(config, tuple(overrides or ())), present(device)
+    place, c = on(device), load_config(config, tuple(overrides or ()))
     folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
-    experiment.pretrain(c, folder, wandb, start, until, device, fresh_table)
+    experiment.pretrain(c, folder, wandb, start, until, place, fresh_table)
     if is_first(): print(folder / 'checkpoint')
 
 
@@ -148,13 +150,14 @@ def pretrain(config: str = typer.Argument('lab', help='Name or YAML file.'), ove
 def train(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS, wandb: bool = WANDB,
           resume: Path = RESUME, device: str = DEVICE):
     "Train an encoder through a decoder, without evaluating it. Example: etrm train cfg_test_frozen_decoder train.steps=100"
-    c, device = through(decoder, config, overrides), present(device)
-    frozen, table, trained_as = load_checkpoint(decoder)
+    place, source = on(device), Checkpoint(decoder)
+    c = through(source, config, overrides)
+    frozen, table, trained_as = load_checkpoint(source, device=place)
     experiment.check_rows(c, trained_as, decoder)
-    settings, tasks = settings_of('train', c, dict(decoder=decoder)), task_sets.make_task_sets(c)[0]
+    settings, tasks = settings_of('train', c, dict(decoder=source)), task_sets.make_task_sets(c)[0]
     folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
     with open_run(folder, settings, wandb) as record:
-        encoder = experiment.train_encoder(c, frozen, table, tasks, record, device)
+        encoder = experiment.train_encoder(c, frozen, table, tasks, record)
         experiment.save_last(record.checkpoint, dict(decoder=frozen, encoder=encoder), c)
     if is_first(): print(folder / 'checkpoint')
 
@@ -165,12 +168,13 @@ def evaluate(checkpoint: Path = typer.Argument(..., help='Checkpoint, official o
              max_eval_groups: str = typer.Option(None, help="First N tasks of each set, or 'all'."), data: Path = typer.Option(None, help='Of a plain TRM: the TRM dataset that its table was trained on, where no configuration makes its puzzles.'),
              device: str = DEVICE, out: Path = typer.Option(None, help='Folder for results.json and submission.json.'), as_json: bool = AS_JSON):
     "Evaluate a checkpoint: a plain TRM on its own puzzles, an encoder beside all controls. Example: etrm evaluate runs/cfg_test_frozen_decoder-001/checkpoint --max-eval-groups 64"
-    kind = tables.model_type(checkpoint, model_type)
+    place, source = on(device), Checkpoint(checkpoint)
+    kind = tables.model_type(source, model_type)
     if data is not None and (kind == 'etrm' or config_name): raise ValueError('--data is for a plain TRM without --config-name: the dataset says which puzzles it has rows for')
     most = None if max_eval_groups is None else 0 if max_eval_groups == 'all' else number_of(max_eval_groups, '--max-eval-groups')
     with new_file(in_folder(out, 'results.json')) as write_results, new_file(in_folder(out, 'submission.json')) as write_submission:
-        if data is not None: rows, votes = tables.evaluate_dataset(data, checkpoint, most or 0, device=present(device))
-        else: rows, votes = evaluated(checkpoint, kind, tables.configuration_for(checkpoint, config_name), most, present(device))
+        if data is not None: rows, votes = tables.evaluate_dataset(data, source, most or 0, device=place)
+        else: rows, votes = evaluated(source, kind, tables.configuration_for(source, config_name), most, place)
         if not is_first(): return
         print(json.dumps(rows) if as_json else experiment.format_results(rows))
         write_results(json.dumps(rows, indent=1))
@@ -178,18 +182,18 @@ def evaluate(checkpoint: Path = typer.Argument(..., help='Checkpoint, official o
 
 
 def evaluated(
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     kind: str,  # 'trm' or 'etrm'
     config: ExperimentConfig | None,
     max_eval_groups: int | None,  # None: as the configuration says
-    device: str = 'cpu',
+    device: torch.device,
 ) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results; votes by set, the one that decides first
     "Results on the tasks that a configuration names."
     if config is None: raise ValueError(f'{checkpoint} does not say which puzzles its table has rows for: give --data with the dataset it was trained on, or --config-name')
     if max_eval_groups is not None: config = config.with_(tasks=dict(max_eval_groups=max_eval_groups))
-    decoder, source, _ = load_checkpoint(checkpoint, config.decoder.canvas) if kind == 'trm' else experiment.load_encoder(checkpoint)
-    if kind == 'trm': rows, votes = tables.evaluate_table(config, decoder.to(device), source)  # the table stays where it is: in its file
-    else: rows, votes = experiment.evaluate(config, decoder.to(device), source.to(device), None, task_sets.make_task_sets(config)[1])
+    decoder, source, _ = load_checkpoint(checkpoint, config.decoder.canvas, device) if kind == 'trm' else experiment.load_encoder(checkpoint, device)
+    if kind == 'trm': rows, votes = tables.evaluate_table(config, decoder, source)
+    else: rows, votes = experiment.evaluate(config, decoder, source, None, task_sets.make_task_sets(config)[1])
     return rows, dict(sorted(votes.items(), key=lambda item: item[0] != config.evaluation.decides))
 
 
@@ -238,14 +242,15 @@ def chosen_sets(found: dict[str, list], names: str | None) -> dict[str, list]:
 
 @command
 def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or YAML file: which tasks.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, steps: int = typer.Option(200, min=0, help='Gradient steps.'), lr: float = typer.Option(.05, min=0, help='Rate of the search.'),
-           sets: str = typer.Option(None, help='Only these sets, separated by commas.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
+           sets: str = typer.Option(None, help='Only these sets, separated by commas.'), device: str = DEVICE, out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Search each task a context, on its demonstrations and on its answer: can this decoder be steered to it at all? With num_demos=32 procedural tasks show their rule in 32 pairs. Example: etrm oracle cfg_test_frozen_decoder tasks.max_eval_groups=20 --steps 50"
-    frozen, table, _ = load_checkpoint(decoder)
+    place, source = on(device), Checkpoint(decoder)
+    frozen, table, _ = load_checkpoint(source, device=place)
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
-    c = through(decoder, config, overrides)
+    c = through(source, config, overrides)
     marks = tuple(sorted({m for m in (0, 5, 20, 50, 100, 200, 400) if m < steps} | {steps}))
     with new_file(out) as write:
-        rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks, task_sets.newness(c))
+        rows = searching.oracle(frozen, table, chosen_sets(task_sets.make_task_sets(c)[1], sets), c.num_demos, steps, lr, marks, experiment.new_to(c, source))
         cells = ([r['set'], r['fitted_to'], r['steps'], interval(r), f"{r['accuracy']:.1%}", f"{r['lm_loss']:.3f}"] for r in rows)
         print(json.dumps(rows) if as_json else markdown_table(['set', 'fitted to', 'steps', 'exact (95% interval)', 'cells', 'loss'], cells))
         write(json.dumps(rows))
@@ -254,12 +259,12 @@ def oracle(config: str = typer.Argument('cfg_test_frozen_decoder', help='Name or
 @command
 def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'), overrides: list[str] = OVERRIDES, decoder: Path = DECODER, runs: Path = RUNS,
           variants: str = typer.Option(None, help='Only these, separated by commas.'), seeds: str = typer.Option(None, help='Only these, separated by commas.'),
-          out: Path = typer.Option(None, help='Write the rows of all finished runs here, as JSON.'), as_json: bool = AS_JSON):
+          device: str = DEVICE, out: Path = typer.Option(None, help='Write the rows of all finished runs here, as JSON.'), as_json: bool = AS_JSON):
     "Run a study, one change at a time over several seeds; what is finished is not run again. Example: etrm study encoders --seeds 0 --variants report,strong"
-    found = studies.load_study(name)
+    place, found = on(device), studies.load_study(name)
     some, few = variants and names_of(variants, '--variants'), seeds and [number_of(s, '--seeds') for s in names_of(seeds, '--seeds')]
     with new_file(out) as write:
-        rows = studies.run_study(found, decoder, runs / f'study-{found.name}', some, few, tuple(overrides or ()))
+        rows = studies.run_study(found, decoder, runs / f'study-{found.name}', some, few, tuple(overrides or ()), place)
         cells = ([variant, on, r['seeds'], interval(r, 1), f"{r['mean']:.1%}"] for variant, sets in studies.summarise(rows).items() for on, r in sets.items())
         print(json.dumps(rows) if as_json else markdown_table(['variant', 'set', 'seeds', 'exact (95% interval)', 'cells'], cells))
         write(json.dumps(rows))
@@ -267,12 +272,13 @@ def study(name: str = typer.Argument(..., help='Name or YAML file of a study.'),
 
 @command
 def searched_table(decoder: Path = typer.Argument(..., help='Checkpoint of a decoder with its table.'), out: Path = typer.Argument(..., help='Folder to make: the same decoder with the table of found rows.'),
-                   pairs: int = typer.Option(16, min=1, help='Training pairs of each task that are searched on.'), steps: int = typer.Option(50, min=1, help='Gradient steps.'), lr: float = typer.Option(None, min=0, help="Rate of the search; without it 0.14 of the rows' standard deviation.")):
+                   pairs: int = typer.Option(16, min=1, help='Training pairs of each task that are searched on.'), steps: int = typer.Option(50, min=1, help='Gradient steps.'), lr: float = typer.Option(None, min=0, help="Rate of the search; without it 0.14 of the rows' standard deviation."), device: str = DEVICE):
     "Find each training task a row by search on its training pairs, from the mean row: rows for an encoder to be fitted to instead of the learned ones. Example: etrm searched-table checkpoints/lab_decoder searched_rows --steps 20"
+    place, source = on(device), Checkpoint(decoder)
     with new_folder(out) as fresh:
-        frozen, table, saved = load_checkpoint(decoder)
+        frozen, table, saved = load_checkpoint(source, device=place)
         if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
-        found, right = searching.searched_table(frozen, table, task_sets.make_task_sets(tables.configuration_for(decoder))[0], pairs, steps, lr)
+        found, right = searching.searched_table(frozen, table, task_sets.make_task_sets(tables.configuration_for(source))[0], pairs, steps, lr)
         print(f'{len(right)} rows, found in {steps} steps on {pairs} pairs each: {right.sum()} of {pairs * len(right)} pairs answered ({(right == pairs).sum()} rows answer all of theirs)')
         save_checkpoint(fresh, dict(decoder=frozen, table=found), saved)
     print(out)
@@ -285,15 +291,16 @@ def search(tasks: str = TASKS,
            views: int = typer.Option(1, min=1, max=MOST_VIEWS, help='Views of each task, its own and augmented ones: each is searched by itself, and those that answer most demonstrations vote.'),
            library: Path = typer.Option(None, '--chains', help='For rules in two steps: the decoder, with its table, that the encoder of --decoder was trained through. Each row is tried as a first context, and the search is of a second one.'), stages: str = STAGES,
            skip_too_large: bool = typer.Option(False, '--skip-too-large', help="Leave out tasks that the decoder's canvas has no room for; the submission says of them that they are not answered."),
-           out: Path = typer.Option(None, help='Write submission.json here.'), as_json: bool = AS_JSON):
+           device: str = DEVICE, out: Path = typer.Option(None, help='Write submission.json here.'), as_json: bool = AS_JSON):
     "Search a context for each task by gradient descent on its demonstrations, and answer its queries. Example: etrm search my_tasks --steps 100"
     planned = stages_of(stages)
     if library is None and stages != STAGES.default: raise ValueError('--stages are of a search for chains: name the decoder with --chains, or give --steps')
     if library is not None and (steps is not None or views > 1): raise ValueError("--chains searches in one view, by the steps of --stages: leave out --steps and --views")
-    every = load_tasks(tasks, require_solutions=False)
-    asked = that_fit(every, sizes_of(decoder, None).canvas, skip_too_large)
+    place, source, every = on(device), Checkpoint(decoder), load_tasks(tasks, require_solutions=False)
+    asked = that_fit(every, sizes_of(source, None).canvas, skip_too_large)
     with new_file(out) as write:
-        found = searching.search_tasks(decoder, asked, 100 if steps is None else steps, lr, views - 1, rule) if library is None else chains.chain_tasks(decoder, library, asked, lr, planned, rule or 'normalised')
+        if library is None: found = searching.search_tasks(source, asked, 100 if steps is None else steps, lr, views - 1, rule, place)
+        else: found = chains.chain_tasks(source, library, asked, lr, planned, rule or 'normalised', device=place)
         print(json.dumps(found['summary']) if as_json else search_table(found['summary']))
         write(json.dumps(no_answers(every) | found['submission']))  # of tasks left out it says that they are not answered
 
@@ -321,13 +328,13 @@ def search_table(summary: list[dict]) -> str:
 @command
 def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of encoder runs, or their checkpoints.'), groups: int = typer.Option(32, min=2, max=400, help='Tasks of each set.'),
                  steps: int = typer.Option(20, min=0, help='Gradient steps of search.'), views: int = typer.Option(1, min=1, max=MOST_VIEWS, help='More than 1: also what the best of that many views of a task vote, without search.'),
-                 out: Path = typer.Option(None, help='Write the figure here, as a PNG.'), as_json: bool = AS_JSON):
+                 device: str = DEVICE, out: Path = typer.Option(None, help='Write the figure here, as a PNG.'), as_json: bool = AS_JSON):
     "Encoder runs on the same tasks, without search and with it: one table, one figure. Example: etrm side-by-side checkpoints/lab_run checkpoints/lab_structured_20000 --groups 8 --steps 5 --views 4"
-    marks = tuple(sorted({m for m in (0, 5, 20, 50, 100) if m < steps} | {steps}))
+    place, marks = on(device), tuple(sorted({m for m in (0, 5, 20, 50, 100) if m < steps} | {steps}))
     named = {p.parent.name if p.name == 'checkpoint' else p.name: p / 'checkpoint' if (p / 'checkpoint').exists() else p for p in (p.resolve() for p in checkpoints)}
     if len(named) < len(checkpoints): raise ValueError(f'{len(checkpoints)} runs have {len(named)} names ({", ".join(named)}): they are shown by the names of their folders; rename one')
     with new_file(out, '.png') as write:
-        found = searching.side_by_side(named, groups, steps, marks, views)
+        found = searching.side_by_side(named, groups, steps, marks, views, place)
         print(json.dumps(found) if as_json else searching.format_side_by_side(found))
         if out is not None: write(png(plot_search(found)))
 
@@ -336,17 +343,19 @@ def side_by_side(checkpoints: list[Path] = typer.Argument(..., help='Folders of 
 def search_curves(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, steps: int = typer.Option(50, min=0, help='Gradient steps.'), lr: float = RATE, rule: str = RULE,
                   starts: str = typer.Option('encoder,mean,noise', help='Where to start, separated by commas; two more: shuffled, the encoder\'s context for another task, and retrieved, the embedding of the table that answers most demonstrations.'), groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
                   sets: str = typer.Option(None, help='Only these sets, separated by commas; validation and validation compositions, on which settings are chosen, are two more.'),
-                  views: int = typer.Option(1, min=1, max=MOST_VIEWS, help='Views of each task, its own and augmented ones: each is searched by itself, and they vote: all of them, and those that answer most demonstrations.'), out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
+                  views: int = typer.Option(1, min=1, max=MOST_VIEWS, help='Views of each task, its own and augmented ones: each is searched by itself, and they vote: all of them, and those that answer most demonstrations.'),
+                  device: str = DEVICE, out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row and noise. Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"
     asked, marks = names_of(starts, '--starts'), tuple(sorted({m for m in (0, 1, 5, 10, 20, 50, 100, 200) if m < steps} | {steps}))
-    frozen, encoder, config = experiment.load_encoder(checkpoint)
-    table = experiment.table_for(frozen, decoder) if {'mean', 'noise', 'retrieved'} & set(asked) else None
-    trained = [config] + ([tables.configuration_for(decoder)] if table is not None else [])
+    place, source = on(device), Checkpoint(decoder)
+    frozen, encoder, config = experiment.load_encoder(checkpoint, place)
+    table = experiment.table_for(frozen, source) if {'mean', 'noise', 'retrieved'} & set(asked) else None
+    new = experiment.new_to(config, *([source] if table is not None else []))
     config = config.with_(tasks=dict(max_eval_groups=groups))
     lr, rule = config.train.search_lr if lr is None else lr, rule or config.train.search_rule
     with new_file(out) as write:
         chosen = chosen_sets(sets_with_validation(config, sets), sets)
-        rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, lr, marks, tuple(asked), views - 1, rule, task_sets.newness(*trained))
+        rows = searching.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, lr, marks, tuple(asked), views - 1, rule, new)
         voted = lambda r, key: f"{sum(1 for hit in r[key] if hit)} of {sum(hit is not None for hit in r[key])}" if key in r else ''
         cells = ([r['set'], r['start'], r['steps'], interval(r), f"{r['accuracy']:.1%}", voted(r, 'voted'), voted(r, 'new_voted'), r['seconds']] for r in rows)
         print(json.dumps(rows) if as_json else markdown_table(['set', 'start', 'steps', 'exact (95% interval)', 'cells', f'of {views} views, voted', 'new views only', 'seconds'], cells))
@@ -358,18 +367,19 @@ def search_chains(checkpoint: Path = typer.Argument(..., help='Checkpoint of an 
                   start: str = typer.Option('encoder', help='Where second contexts come from: encoder, or mean, the mean row, as a control.'), rows: int = typer.Option(None, min=1, help='Only the first N rows of the table are tried as first contexts.'),
                   stages: str = STAGES, lr: float = RATE, groups: int = typer.Option(100, min=2, max=400, help='Tasks of each set.'),
                   sets: str = typer.Option(None, help='Only these sets, separated by commas; validation and validation compositions, on which settings are chosen, are two more.'), compiled: bool = typer.Option(False, '--compile', help='Through torch.compile: a minute more at the start, and a C++ compiler on a CPU.'),
-                  out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
+                  device: str = DEVICE, out: Path = typer.Option(None, help='Write the rows here, as JSON.'), as_json: bool = AS_JSON):
     "Answer tasks by two contexts in a row, a row of the decoder's table and one from the encoder, searched along the gradient. Example: etrm search-chains checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets compositions --groups 4"
     if start not in ('encoder', 'mean'): raise ValueError(f'--start is {start!r}: choose encoder or mean')
     planned = stages_of(stages)  # before anything is read
-    frozen, encoder, table, config = chains.load_chains(checkpoint, decoder)
+    place, source = on(device), Checkpoint(decoder)
+    frozen, encoder, table, config = chains.load_chains(checkpoint, source, place)
     config = config.with_(tasks=dict(max_eval_groups=groups))
     library, second = table.contexts()[:rows], encoder if start == 'encoder' else table.contexts().mean(0)
     lr = searching.search_rate(table) if lr is None else lr
     with new_file(out) as write:
         chosen = chosen_sets(sets_with_validation(config, sets), sets)
         if compiled: frozen.compile_parts('blocks')
-        new = task_sets.newness(config, tables.configuration_for(decoder))
+        new = experiment.new_to(config, source)
         bits = {name: bits_of_inputs(new(name, puzzle_data(tasks, config.decoder.canvas)), tasks) for name, tasks in chosen.items()}
         found = [r for name, tasks in chosen.items() for r in chains.chain_rows(frozen, second, library, tasks, config.num_demos, lr, planned, set=name, new_views=bits[name], start=start, rows=len(library))]
         cells = ([r['set'], r['start'], r['steps'], interval(r)] for r in found)
@@ -412,21 +422,22 @@ def data(config: str = typer.Argument('arc1_10x10', help='Name or YAML file.'), 
 def verify_decoder(trm_checkpoint: Path = typer.Option(..., help='The pre-trained decoder.'), etrm_checkpoint: Path = typer.Option(..., help='What was trained on top of it.'), tolerance: float = typer.Option(0., min=0, help='Largest difference of two weights that counts as equal.'),
                    canvas: int = typer.Option(None, min=1, max=100, help='Side of the canvas, which official files do not say; 30 if not given.')):
     "Check that both checkpoints hold the same decoder: exit 0 if all tensors are equal and, run as configured, it answers the same; else 1. Keys in which the configurations differ are named. Example: etrm verify-decoder --trm-checkpoint checkpoints/lab_decoder --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"
-    rows = compare_decoders(*(read_tensors(p)['decoder'] for p in (trm_checkpoint, etrm_checkpoint)), tolerance)
+    both = [Checkpoint(p) for p in (trm_checkpoint, etrm_checkpoint)]
+    rows = compare_decoders(*(c.tensors['decoder'] for c in both), tolerance)
     if not rows: raise ValueError(f'neither {trm_checkpoint} nor {etrm_checkpoint} holds a decoder')
     for r in rows: print(f"{r['verdict']:<11} {plain(r['name'])}  {r['difference']:.3g}")
-    for key in config_differences(*(sizes_of(p, canvas) for p in (trm_checkpoint, etrm_checkpoint))): print(f'config      {plain(key)}')
+    for key in config_differences(*(sizes_of(c, canvas) for c in both)): print(f'config      {plain(key)}')
     equal = sum(r['verdict'] == 'equal' for r in rows)
     print(f'{equal} of {len(rows)} decoder tensors equal')
     if equal < len(rows): raise typer.Exit(1)
-    try: found = check_answers(*(load_checkpoint(p, canvas)[0] for p in (trm_checkpoint, etrm_checkpoint)), tolerance=max(tolerance, 1e-4))
+    try: found = check_answers(*(load_checkpoint(c, canvas)[0] for c in both), tolerance=max(tolerance, 1e-4))
     except CheckError as error:
         print(f'answers differ: {error}')
         raise typer.Exit(1) from error
     print(f"answers equal: logits differ by {found['difference']:.3g} at most")
 
 
-def sizes_of(checkpoint: Path, canvas: int | None) -> DecoderConfig:
+def sizes_of(checkpoint: Path | Checkpoint, canvas: int | None) -> DecoderConfig:
     "The decoder's part of a checkpoint's configuration."
     try: return decoder_config(read_config(checkpoint), canvas)
     except ValidationError as error: raise CheckpointError(f'{checkpoint}: its configuration does not describe a decoder: {error}') from error
@@ -455,6 +466,7 @@ def holds_tasks(path: Path) -> bool:
 
 
 def about_checkpoint(path: Path) -> dict:
+    path = Checkpoint(path)
     try: share = tables.rows_share(path)
     except CheckpointError: share = None  # a configuration that is not of this program says nothing about rules
     return describe(path) | ({} if share is None else dict(rule_share=round(share, 3)))
@@ -480,9 +492,9 @@ def about_run(path: Path) -> dict:
 
 
 @command
-def compare_contexts(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER):
+def compare_contexts(checkpoint: Path = typer.Argument(..., help='Checkpoint of an encoder run.'), decoder: Path = DECODER, device: str = DEVICE):
     "Statistics of an encoder's contexts beside those of the table's rows. Example: etrm compare-contexts runs/cfg_test_frozen_decoder-001/checkpoint"
-    found = experiment.compare_contexts(checkpoint, decoder)
+    found = experiment.compare_contexts(checkpoint, decoder, on(device))
     print(json.dumps({source: {k: v if math.isfinite(v) else None for k, v in values.items()} for source, values in found.items()}, indent=1))
 
 

@@ -24,6 +24,7 @@ from .configs import ExperimentConfig
 from .contexts import CONTROLS, PuzzleEmbedding
 from .data import PuzzleData, puzzle_data
 from .decoder import Decoder
+from .devices import where_is
 from .experiment import answer, check_names, contexts_of, own_views
 from .grids import draw_grid, tokens_to_grid
 from .plots import literal
@@ -39,7 +40,7 @@ def recursion(
 ) -> tuple[Tensor, Tensor]:  # logits (M, B, S, V), q_halt (M, B); M = halt_max_steps * H_cycles
     "What the decoder would answer after every H cycle of every supervision step."
     if decoder.config.crop is not None: raise ValueError(f'the recursion is shown on the whole canvas, and this decoder crops (decoder.crop={decoder.config.crop})')
-    c, e = decoder.config, decoder.embed(inputs, context)
+    c, e = decoder.config, decoder.embed(inputs.to(where_is(decoder)), context.to(where_is(decoder)))
     z_H, z_L = (z.to(decoder.dtype).expand_as(e) for z in (decoder.H_init, decoder.L_init))
     moments = []
     for _ in range(c.halt_max_steps):
@@ -110,11 +111,11 @@ def explore(
     inputs = torch.from_numpy(views.inputs[views.start[0] + len(task.train) + query].astype(np.int64))[None]
     at = int(np.flatnonzero(of)[query])  # a task's own view comes first
     own = {name: c[at] for name, c in contexts.items()} | ({} if row is None else {'table': row})
-    logits, halt = recursion(decoder, inputs.expand(len(own), -1), torch.stack(list(own.values())))
-    grids = [[tokens_to_grid(t, data.canvas) for t in moment] for moment in logits.argmax(-1).numpy().astype(np.uint8)]
+    logits, halt = recursion(decoder, inputs.expand(len(own), -1), torch.stack([c.to(where_is(decoder)) for c in own.values()]))
+    grids = [[tokens_to_grid(t, data.canvas) for t in moment] for moment in logits.argmax(-1).cpu().numpy().astype(np.uint8)]
     H = decoder.config.H_cycles
     moments = [Moment(m // H + 1, m % H + 1, g[0], h) for m, (g, h) in enumerate(zip(grids, halt[:, 0].sigmoid().tolist()))]
-    votes = vote(answer(decoder, views, contexts['encoder'][of]), [task])
+    votes = vote(answer(decoder, views, contexts['encoder'][torch.from_numpy(of).to(contexts['encoder'].device)]), [task])
     return Exploration(task, query, moments, dict(list(zip(own, grids[-1]))[1:]), votes[task.name][query])
 
 

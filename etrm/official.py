@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from .checkpoints import CheckpointError, load_checkpoint, load_training_state, read_tensors, weights_file
+from .checkpoints import Checkpoint, CheckpointError, load_checkpoint, load_training_state, weights_file
 from .contexts import PuzzleEmbedding
 from .decoder import Decoder
 from .files import note
@@ -47,7 +47,8 @@ def export_official(
     canvas: int | None = None,  # of an official checkpoint
 ) -> Path:  # step_N
     "Write a decoder and its table in the official layout."
-    folder, tensors = Path(folder), read_tensors(checkpoint)
+    folder, checkpoint = Path(folder), Checkpoint.of(checkpoint)
+    tensors = checkpoint.tensors
     if tensors['encoder']: raise CheckpointError(f'{checkpoint} holds an encoder, for which the official format has no place: name the checkpoint of its decoder')
     if folder.exists(): raise CheckpointError(f'{folder} is already there: name a folder that is to be made')
     decoder, table, config = load_checkpoint(checkpoint, canvas)

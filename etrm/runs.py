@@ -16,7 +16,7 @@ from typing import Iterator
 import yaml
 from pydantic import ValidationError
 
-from .checkpoints import config_file, finish_interrupted_save, load_training_state, sha256, weights_file
+from .checkpoints import Checkpoint, finish_interrupted_save, load_training_state
 from .configs import ExperimentConfig
 from .distributed import from_first, is_first
 from .files import new_file
@@ -25,16 +25,17 @@ from .tracking import Record, alone_in, start_wandb
 
 # %% ../nbs/api/17_runs.ipynb #fcbc2db3
 def fingerprint(
-    checkpoint: str | Path,  # official or own
+    checkpoint: str | Path | Checkpoint,  # official or own
 ) -> dict[str, str]:  # SHA-256 of its 'weights' and of its 'configuration'
     "What makes a checkpoint this one."
-    return dict(weights=sha256(weights_file(checkpoint)), configuration=sha256(config_file(checkpoint)))
+    checkpoint = Checkpoint.of(checkpoint)
+    return dict(weights=checkpoint.sha256(checkpoint.weights_file), configuration=checkpoint.sha256(checkpoint.config_file))
 
 
 def settings_of(
     kind: str,  # the command: 'run', 'pretrain', 'train' or 'study'
     config: ExperimentConfig,
-    reads: dict[str, str | Path | None] = {},  # checkpoints by what they are read for; None: no such one
+    reads: dict[str, str | Path | Checkpoint | None] = {},  # checkpoints by what they are read for; None: no such one
     **more,  # plain values that change the result as well
 ) -> dict:  # plain values
     "All that a run's result depends on."

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 
-from .checkpoints import CheckpointError, load_checkpoint, read_tensors
+from .checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from .contexts import PuzzleEmbedding, demo_extents, search, shuffled
-from .data import PuzzleData, eval_batches, puzzle_data, to_labels
+from .data import PuzzleData, puzzle_data
 from .decoder import Decoder, last_step
-from .evaluation import clopper_pearson, pass_at_k, submission
-from .experiment import answer, check_names, contexts_of, digest, load_encoder, measured_row, measures
+from .devices import where_is
+from .evaluation import pass_at_k, submission
+from .experiment import Queries, answer, check_names, contexts_of, digest, load_encoder, measured_row, measures, rate
 from .files import markdown_table
-from .grids import Augmentation
+from .grids import IGNORE_LABEL, PAD, Augmentation
 from .losses import stablemax_cross_entropy
-from .novelty import bits_of_inputs
+from .novelty import bits_of_inputs, of_new_views
 from .task_sets import make_task_sets, newness
 from .tasks import Task
-from .training import to_tensors
 from .votes import Predictions, of_best_views, vote
 
 # %% ../nbs/api/18_searching.ipynb #e96f647f
@@ -42,9 +42,9 @@ def demonstrations_right(
     batch_size: int = 256,  # contexts asked at once
 ) -> np.ndarray:  # (Q,) int64, 0 to K
     "How many of its demonstrations each context answers right in all cells."
-    found = []
+    found, device = [], where_is(decoder)
     for at in range(0, len(contexts), batch_size):
-        (inputs, labels, mask), context = (d[at:at + batch_size] for d in demos), contexts[at:at + batch_size]
+        (inputs, labels, mask), context = (d[at:at + batch_size].to(device) for d in demos), contexts[at:at + batch_size].to(device)
         B, K, S = inputs.shape
         extent = demo_extents(inputs, labels, mask, decoder.config.canvas).flatten(0, 1) if decoder.config.crop is not None else None
         logits = last_step(decoder, inputs.flatten(0, 1), context.repeat_interleave(K, 0), extent, batch_size * K)[0]
@@ -54,13 +54,13 @@ def demonstrations_right(
 
 # %% ../nbs/api/18_searching.ipynb #86fa53c3
 def demonstrations(
-    data: PuzzleData,
-    num_demos: int,  # K
+    data: PuzzleData | Queries,
+    num_demos: int | None = None,  # K; of queries, those they are laid out with
 ) -> tuple[tuple[Tensor, Tensor, Tensor], np.ndarray]:  # inputs and labels (Q, K, S), mask (Q, K); (Q,) the puzzle that each query is of
     "The demonstrations of every test pair, as `search` takes them."
-    batches = [to_tensors(b) for b in eval_batches(data, 256, num_demos)]
-    inputs, labels, mask, puzzle = (torch.cat([b[k] for b in batches]) for k in ('demo_inputs', 'demo_labels', 'demo_mask', 'puzzle'))
-    return (inputs, torch.from_numpy(to_labels(labels.numpy())), mask), puzzle.numpy()
+    queries = data if isinstance(data, Queries) else Queries(data, num_demos)
+    inputs, outputs = (queries.whole(name).long() for name in ('demo_inputs', 'demo_labels'))
+    return (inputs, outputs.masked_fill(outputs == PAD, IGNORE_LABEL), queries.whole('demo_mask')), queries.whole('puzzle').cpu().numpy()
 
 # %% ../nbs/api/18_searching.ipynb #e865f6ad
 STARTS = ('encoder', 'shuffled', 'mean', 'noise', 'retrieved')
@@ -80,7 +80,7 @@ def retrieved(
         logits = last_step(decoder, x.repeat(len(contexts), 1), contexts.repeat_interleave(k, 0), batch_size=batch_size)[0]
         right = ((logits.argmax(-1) == y) | (y < 0)).all(-1)
         return right.view(-1, k), stablemax_cross_entropy(logits, y).view(-1, k)
-    found = []
+    found, library, *demos = [], *(t.to(where_is(decoder)) for t in (library, *demos))
     for inputs, labels, mask in tqdm(list(zip(*demos)), desc='retrieval', mininterval=1, disable=len(demos[0]) < 2):
         x, y = inputs[mask], labels[mask]  # (k, S)
         best = tried(library, x[:1], y[:1])[1][:, 0].argsort(stable=True)[:keep]
@@ -99,29 +99,33 @@ def search_rate(
 
 # %% ../nbs/api/18_searching.ipynb #0fb20d07
 def search_tasks(
-    checkpoint: str | Path,  # of an encoder run, whose contexts the search starts from, or of a decoder with its table, whose mean it starts from
+    checkpoint: str | Path | Checkpoint,  # of an encoder run, whose contexts the search starts from, or of a decoder with its table, whose mean it starts from
     tasks: list[Task],
     steps: int = 100,  # gradient steps; 0 answers from the start
     lr: float | None = None,  # None: an encoder's train.search_lr, or from a decoder's mean row its table's `search_rate`
     num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and those that answer most demonstrations vote
     rule: str | None = None,  # 'adam' or 'normalised'; None: an encoder's train.search_rule, or from a decoder's mean row 'adam'
+    device: str | torch.device = 'cpu',
 ) -> dict:  # 'summary', a row a task, with the losses of its own view and how many demonstrations the best view answers; 'submission' in ARC Prize's form
     "Search a context for each task on its demonstrations, and answer its queries: in the same views alone and among others. (Those of evaluation sets and of tables go by places: records of them depend on it.)"
-    with_encoder = bool(read_tensors(checkpoint)['encoder'])
-    if with_encoder: decoder, encoder, config = load_encoder(checkpoint)
-    else: decoder, table, _ = load_checkpoint(checkpoint)
+    checkpoint = Checkpoint.of(checkpoint)
+    with_encoder = bool(checkpoint.tensors['encoder'])
+    if with_encoder: decoder, encoder, config = load_encoder(checkpoint, device)
+    else: decoder, table, _ = load_checkpoint(checkpoint, device=device)
     if not with_encoder and table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
     if lr is None: lr = config.train.search_lr if with_encoder else search_rate(table)
     if rule is None: rule = config.train.search_rule if with_encoder else 'adam'
     data, most = puzzle_data(tasks, decoder.config.canvas, num_aug, None, unsolved=True), max(len(t.train) for t in tasks)
-    demos, puzzle = demonstrations(data, most)
+    queries = Queries.of(data, decoder, most)
+    demos, puzzle = demonstrations(queries)
     puzzles, first, view = np.unique(puzzle, return_index=True, return_inverse=True)  # demonstrations are the same for every query of a view
+    first, view = (torch.from_numpy(places).to(device) for places in (first, view))
     demos = tuple(d[first] for d in demos)
-    start = contexts_of(encoder, data, most)[0][torch.from_numpy(first)] if with_encoder else table.contexts().mean(0, keepdim=True).expand(len(first), -1, -1)
+    start = contexts_of(encoder, queries)[0][first] if with_encoder else table.contexts().mean(0, keepdim=True).expand(len(first), -1, -1)
     found, losses = zip(*(search(decoder, *(d[at:at + 256] for d in demos), start[at:at + 256], stablemax_cross_entropy, steps, lr, progress=True, rule=rule) for at in range(0, len(first), 256)))
     contexts, losses = torch.cat(found), torch.cat(losses, 1)
     right = demonstrations_right(decoder, demos, contexts)
-    votes = vote(of_best_views(answer(decoder, data, contexts[torch.from_numpy(view)]), right[view]), tasks)
+    votes = vote(of_best_views(answer(decoder, queries, contexts[view]), right[view.cpu().numpy()]), tasks)
     known = [t for t in tasks if all(p.output is not None for p in t.test)]
     solved = dict(zip([t.name for t in known], pass_at_k(votes, known).first)) if known else {}
     own = {data.names[p]: losses[:, i] for i, p in enumerate(puzzles)}  # a view's name is longer
@@ -145,15 +149,16 @@ def oracle(
     rows = []
     for name, tasks in sets.items():
         data = puzzle_data(tasks, decoder.config.canvas)
-        b = to_tensors(next(eval_batches(data, int(data.is_test.sum()), num_demos, extents=decoder.config.crop is not None)))
-        fitted = {'demonstrations': (b['demo_inputs'], torch.from_numpy(to_labels(b['demo_labels'].numpy())), b['demo_mask']),
-                  'answer': (b['inputs'][:, None], b['labels'][:, None], torch.ones(len(b['inputs']), 1, dtype=torch.bool))}
-        start = table.contexts().mean(0, keepdim=True).expand(len(b['inputs']), -1, -1)
+        queries = Queries.of(data, decoder, num_demos)
+        own = tuple(queries.whole(name).long()[:, None] for name in ('inputs', 'labels'))
+        fitted = {'demonstrations': demonstrations(queries)[0], 'answer': (*own, torch.ones(len(queries), 1, dtype=torch.bool))}
+        extent = queries.whole('extent')[:, None] if decoder.config.crop is not None else None
+        start = table.contexts().mean(0, keepdim=True).expand(len(queries), -1, -1)
         about = dict(set=name, tasks_sha256=digest(tasks)) | (dict(new_views=bits_of_inputs(new(name, data), tasks)) if new else {})
         for what, pairs in fitted.items():
             def watch(step, contexts):
-                if step in marks: rows.append(measured_row(measures(decoder, data, contexts), **about, fitted_to=what, steps=step))
-            search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch, extent=b['extent'][:, None] if what == 'answer' and 'extent' in b else None)
+                if step in marks: rows.append(measured_row(measures(decoder, queries, contexts), **about, fitted_to=what, steps=step))
+            search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch, extent=extent if what == 'answer' else None)
     return rows
 
 # %% ../nbs/api/18_searching.ipynb #b31e477d
@@ -197,22 +202,23 @@ def search_curves(
     if rows is None and not set(starts) <= {'encoder', 'shuffled'}: raise ValueError(f'{", ".join(starts)}: the mean row, noise and retrieval need a table')
     for name, tasks in sets.items():
         data = puzzle_data(tasks, decoder.config.canvas, num_aug)
-        demos = demonstrations(data, num_demos)[0]
+        queries = Queries.of(data, decoder, num_demos)
+        demos = demonstrations(queries)[0]
         torch.manual_seed(0)
-        contexts, groups = contexts_of(encoder, data, num_demos)
+        contexts, groups = contexts_of(encoder, queries)
         at = {'encoder': contexts} | ({'shuffled': shuffled(contexts, groups)} if 'shuffled' in starts else {})
         if rows is not None: at |= {'mean': rows.mean(0, keepdim=True).expand(len(contexts), -1, -1), 'noise': rows.mean(0) + rows.std(0) * torch.randn(len(contexts), *rows.shape[1:])}
-        if 'retrieved' in starts: at['retrieved'] = rows[retrieved(decoder, rows, demos)]
+        if 'retrieved' in starts: at['retrieved'] = (library := rows.to(where_is(decoder)))[retrieved(decoder, library, demos)]
         views = new(name, data) if new else None
         for start in starts:
             for step, (contexts, seconds) in contexts_on_the_way(decoder, demos, at[start], steps, lr, marks, rule=rule).items():
-                found.append(measured_views(decoder, data, demos, contexts, tasks, views, set=name, start=start, steps=step, seconds=round(seconds, 1)))
+                found.append(measured_views(decoder, queries, demos, contexts, tasks, views, set=name, start=start, steps=step, seconds=round(seconds, 1)))
     return found
 
 
 def measured_views(
     decoder: Decoder,
-    data: PuzzleData,  # tasks and their views
+    queries: Queries,  # of tasks and their views
     demos: tuple[Tensor, Tensor, Tensor],
     contexts: Tensor,  # (Q, T, D)
     tasks: list[Task],
@@ -220,17 +226,17 @@ def measured_views(
     **about,
 ) -> dict:
     "Measures of the queries in their own view; where there are more, what their votes solve: of all views, of those that answer most demonstrations, and of new ones only."
-    predictions, right = answer(decoder, data, contexts), demonstrations_right(decoder, demos, contexts)
+    predictions, right = answer(decoder, queries, contexts), demonstrations_right(decoder, demos, contexts)
     own = np.array(['|||' not in name for name in predictions.names])
-    row = measured_row({k: v[own] for k, v in measures(decoder, data, contexts).items()}, **about, tasks_sha256=digest(tasks)) | dict(demonstrations=right[own].tolist())
+    row = measured_row({k: v[own] for k, v in measures(decoder, queries, contexts).items()}, **about, tasks_sha256=digest(tasks)) | dict(demonstrations=right[own].tolist())
     if new is not None: row |= dict(new_views=bits_of_inputs(new, tasks))
     if own.all(): return row
     best = of_best_views(predictions, right)
-    row |= dict(views=len(data.names) // len(tasks)) | voted_first('voted', predictions, tasks) | voted_first('best_voted', best, tasks)
+    row |= dict(views=len(queries.data.names) // len(tasks)) | voted_first('voted', predictions, tasks) | voted_first('best_voted', best, tasks)
     if new is None: return row
-    fresh = np.array([new[name] for name in predictions.names])
-    of_new = of_best_views(predictions[fresh], right[fresh])  # the best among the new ones
-    return row | voted_first('new_voted', predictions[fresh], tasks) | voted_first('new_best_voted', of_new, tasks)
+    fresh = of_new_views(predictions, new)
+    best_fresh = of_best_views(fresh, right[[new[name] for name in predictions.names]])  # the best among the new ones
+    return row | voted_first('new_voted', fresh, tasks) | voted_first('new_best_voted', best_fresh, tasks)
 
 
 def voted_first(
@@ -248,22 +254,23 @@ def voted_first(
 
 # %% ../nbs/api/18_searching.ipynb #8d74d7fb
 def side_by_side(
-    checkpoints: dict[str, str | Path],  # of encoder runs, by the name to show
+    checkpoints: dict[str, str | Path | Checkpoint],  # of encoder runs, by the name to show
     groups: int = 32,  # tasks of each set
     steps: int = 20,  # of search
     marks: tuple[int, ...] = (0, 5, 20),
     views: int = 1,  # of each task: with more than its own one, a line more for each run, without search
+    device: str | torch.device = 'cpu',
 ) -> dict[str, list[dict]]:  # rows of `search_curves` by run; of the views, the answer voted by the best
     "Encoders on the same tasks, without search and with it, each at its own train.search_lr."
-    found, encoders = {}, {name: load_encoder(checkpoint) for name, checkpoint in checkpoints.items()}
+    found, encoders = {}, {name: load_encoder(checkpoint, device) for name, checkpoint in checkpoints.items()}
     asked = {name: make_task_sets(config.with_(tasks=dict(max_eval_groups=groups)))[1] for name, (_, _, config) in encoders.items()}
     same = same_sets(asked)
     for name, (decoder, encoder, config) in encoders.items():
-        sets = {on: asked[name][on] for on in same}
-        found[name] = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, marks, ('encoder',), rule=config.train.search_rule, new=newness(config))
+        sets, new = {on: asked[name][on] for on in same}, newness(config)
+        found[name] = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, marks, ('encoder',), rule=config.train.search_rule, new=new)
         if views == 1: continue
-        voted = search_curves(decoder, encoder, None, sets, config.num_demos, 0, marks=(0,), starts=('encoder',), num_aug=views - 1, new=newness(config))
-        found[f'{name}, best of {views} views'] = [r | dict(zip(('solved', 'n', 'low', 'high'), (sum(bits := r['best_voted']), len(bits), *clopper_pearson(sum(bits), len(bits))))) for r in voted]
+        voted = search_curves(decoder, encoder, None, sets, config.num_demos, 0, marks=(0,), starts=('encoder',), num_aug=views - 1, new=new)
+        found[f'{name}, best of {views} views'] = [r | rate(r['best_voted']) for r in voted]
     return found
 
 
@@ -302,11 +309,11 @@ def searched_table(
     if data.num_identifiers != len(table.weights): raise ValueError(f'the table has {len(table.weights) - 1} rows, but there are {len(tasks)} tasks: take the configuration it was trained with')
     check_names(table.names, data, 'the table')
     if (fewest := min(len(t.train) for t in tasks)) < pairs: raise ValueError(f'{pairs} pairs are asked for, but a task has {fewest} training pairs: ask for fewer')
-    demos, puzzle = demonstrations(data, pairs)
-    first = torch.from_numpy(np.unique(puzzle, return_index=True)[1])  # a task may have several queries
+    demos, puzzle = demonstrations(Queries.of(data, decoder, pairs))
+    first = torch.from_numpy(np.unique(puzzle, return_index=True)[1]).to(where_is(decoder))  # a task may have several queries
     demos = tuple(d[first] for d in demos)
     start = table.contexts().mean(0, keepdim=True).expand(len(first), -1, -1)
     contexts = contexts_on_the_way(decoder, demos, start, steps, search_rate(table) if lr is None else lr, (steps,), batch_size=32)[steps][0]
     found = PuzzleEmbedding(len(table.weights), contexts[0].numel(), *contexts.shape[1:], noise=table.noise)
-    found.weights[1:], found.names = contexts.flatten(1), data.row_names
+    found.weights[1:], found.names = contexts.flatten(1).cpu(), data.row_names
     return found, demonstrations_right(decoder, demos, contexts)

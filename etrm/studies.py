@@ -13,26 +13,27 @@ import json
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Iterator
+from typing import Annotated, Callable, Iterator
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoints import decoder_config, load_checkpoint, read_config, read_plain_yaml
+from .checkpoints import Checkpoint, decoder_config, load_checkpoint, read_config, read_plain_yaml
 from .configs import ExperimentConfig, beside, load_config
 from .contexts import mean, shuffled
 from .data import Stream, puzzle_data
 from .decoder import Decoder
 from .contexts import PuzzleEmbedding
 from .evaluation import clopper_pearson, mean_difference
-from .experiment import check_sets, contexts_of, digest, known_puzzles, measured_row, measures, new_encoder, save_last, through, train_encoder
+from .experiment import Queries, check_sets, contexts_of, digest, known_puzzles, measured_row, measures, new_encoder, new_to, save_last, through, train_encoder
 from .files import new_file
 from .runs import Run, check_place, check_settings, open_run, settings_of
 from .searching import search_curves
 from .settings import Settings
 from .novelty import bits_of_inputs
-from .task_sets import make_task_sets, newness
+from .task_sets import make_task_sets
 from .tasks import read_json
 from .training import Trainer
 
@@ -95,10 +96,10 @@ def update_flops(
     decoder: Decoder,
     table: PuzzleEmbedding | None,
 ) -> int:  # floating-point operations of matrix multiplications, forward and backward; masked attention, as the encoder's, torch does not count on a CPU
-    "What one update of encoder training costs."
+    "What one update of encoder training costs; counted on the CPU, wherever it is trained."
     data = puzzle_data(make_task_sets(config.with_(tasks=dict(max_train_groups=2, max_eval_groups=2, pairs_per_task=6)))[0], decoder.config.canvas)
     train = config.train.with_(rows=0.)  # the rows' losses cost next to nothing
-    trainer = Trainer(copy.deepcopy(decoder), new_encoder(config, decoder, table), Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None), train)
+    trainer = Trainer(copy.deepcopy(decoder).cpu(), new_encoder(config, decoder, table), Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None), train)
     with FlopCounterMode(display=False) as counter: trainer.step()
     return counter.get_total_flops()
 
@@ -113,14 +114,15 @@ def with_equal_compute(config: ExperimentConfig, base: ExperimentConfig, decoder
 # %% ../nbs/api/18_studies.ipynb #909351d0
 def run_study(
     study: Study,
-    checkpoint: str | Path,  # of the pre-trained decoder
+    checkpoint: str | Path | Checkpoint,  # of the pre-trained decoder
     folder: str | Path,  # one folder a run is made in it
     variants: list[str] | None = None,  # only these
     seeds: list[int] | None = None,  # only these
     overrides: tuple[str, ...] = (),  # for all variants, as train.steps=100
+    device: str | torch.device = 'cpu',
 ) -> list[dict]:  # the rows of all finished runs, of earlier calls as well
     "Train and measure what is not finished yet."
-    folder = Path(folder)
+    folder, checkpoint = Path(folder), Checkpoint.of(checkpoint)
     study.check_asked(variants, seeds)
     settings = {f'{variant}-{seed}': study_settings(study, variant, seed, checkpoint, overrides) for variant, seed in study.runs()}
     finished(folder, study, settings)  # before the work: rows of other settings do not come into this table
@@ -128,18 +130,18 @@ def run_study(
         out = folder / f'{variant}-{seed}'
         if (variants and variant not in variants) or (seeds is not None and seed not in seeds) or (out / 'rows.json').exists(): continue
         with open_run(out, settings[out.name]) as record:
-            if not (out / 'rows.json').exists(): run_variant(study, variant, seed, checkpoint, record, overrides)  # else another process was faster
+            if not (out / 'rows.json').exists(): run_variant(study, variant, seed, checkpoint, record, overrides, device)  # else another process was faster
     return [row for path in finished(folder, study, settings) for row in read_json(path)]
 
 
-def study_settings(study: Study, variant: str, seed: int, checkpoint: str | Path, overrides: tuple[str, ...]) -> dict:
+def study_settings(study: Study, variant: str, seed: int, checkpoint: str | Path | Checkpoint, overrides: tuple[str, ...]) -> dict:
     "All that the rows of one run depend on; with equal compute the base as well, whose operations it gets."
     config, base = configurations(study, variant, seed, checkpoint, overrides)
     more = dict(base=base.model_dump(mode='json')) if study.equal_compute else {}
     return settings_of('study', config, dict(decoder=checkpoint), equal_compute=study.equal_compute, search_steps=study.search_steps, **more)
 
 
-def configurations(study: Study, variant: str, seed: int, checkpoint: str | Path, overrides: tuple[str, ...]) -> tuple[ExperimentConfig, ExperimentConfig]:
+def configurations(study: Study, variant: str, seed: int, checkpoint: str | Path | Checkpoint, overrides: tuple[str, ...]) -> tuple[ExperimentConfig, ExperimentConfig]:
     "The configuration of one run and of the base, with the checkpoint's decoder."
     sizes = decoder_config(read_config(checkpoint))
     config = through(sizes, checkpoint, study.config(variant, seed, overrides), (*overrides, *study.variants[variant]))
@@ -160,9 +162,9 @@ def finished(
     return found
 
 
-def run_variant(study: Study, variant: str, seed: int, checkpoint: str | Path, record: Run, overrides: tuple[str, ...]):
+def run_variant(study: Study, variant: str, seed: int, checkpoint: str | Path | Checkpoint, record: Run, overrides: tuple[str, ...], device: str | torch.device):
     "One run of a study; its rows are written last."
-    decoder, table, trained_as = load_checkpoint(checkpoint)
+    decoder, table, trained_as = load_checkpoint(checkpoint, device=device)
     config, base = configurations(study, variant, seed, checkpoint, overrides)
     cost = update_flops(config, decoder, table)
     if study.equal_compute: config = with_equal_compute(config, base, decoder, table)
@@ -176,8 +178,9 @@ def run_variant(study: Study, variant: str, seed: int, checkpoint: str | Path, r
     about = dict(study=study.name, variant=variant, seed=seed, steps=config.train.steps, batch=config.train.global_batch_size, flops=cost * config.train.steps,
                  weights=sum(p.numel() for p in encoder.parameters()), seconds=round(time.monotonic() - began, 1))
     about |= last_values(record.rows)
-    rows = [row for name, tasks in sets.items() for row in measured(decoder, encoder, name, tasks, config, about)]
-    if study.search_steps: rows += measured_searched(decoder, encoder, sets, config, study.search_steps, about)
+    new = new_to(config, checkpoint)
+    rows = [row for name, tasks in sets.items() for row in measured(decoder, encoder, name, tasks, config, new, about)]
+    if study.search_steps: rows += measured_searched(decoder, encoder, sets, config, study.search_steps, new, about)
     with new_file(record.folder / 'rows.json') as write: write(json.dumps(rows))  # whole or not at all: it says that the run is finished
 
 
@@ -188,18 +191,19 @@ def last_values(record: list[dict], keys=('train/lm_loss', 'train/accuracy', 'tr
     return {k: float(np.mean(values)) if values else None for k, values in last.items()}  # None: no sample finished
 
 
-def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfig, about: dict) -> list[dict]:
+def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfig, new: Callable, about: dict) -> list[dict]:
     "Rows for one set: the source's own contexts, their mean, another task's."
     data = puzzle_data(tasks, decoder.config.canvas)
-    contexts, groups = contexts_of(source, data, config.num_demos, config.evaluation.batch_size)
+    queries = Queries.of(data, decoder, config.num_demos, config.evaluation.batch_size)
+    contexts, groups = contexts_of(source, queries)
     kinds = {'encoder': contexts, 'mean': mean(contexts, groups), 'shuffled': shuffled(contexts, groups)}
-    about = about | dict(set=name, tasks_sha256=digest(tasks), new_views=bits_of_inputs(newness(config)(name, data), tasks))
-    return [measured_row(measures(decoder, data, c, config.evaluation.batch_size), **about, method=kind) for kind, c in kinds.items()]
+    about = about | dict(set=name, tasks_sha256=digest(tasks), new_views=bits_of_inputs(new(name, data), tasks))
+    return [measured_row(measures(decoder, queries, c), **about, method=kind) for kind, c in kinds.items()]
 
 
-def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, about: dict) -> list[dict]:
+def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, new: Callable, about: dict) -> list[dict]:
     "Rows for each set: answers after a search from the encoder's contexts."
-    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',), rule=config.train.search_rule, new=newness(config))
+    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',), rule=config.train.search_rule, new=new)
     return [about | {k: v for k, v in row.items() if k not in ('start', 'steps', 'demonstrations')} | dict(method='searched', search_steps=steps) for row in found]
 
 # %% ../nbs/api/18_studies.ipynb #afb5613a

@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 
-from .checkpoints import CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors, row_names
-from .configs import ExperimentConfig, explain, load_config
+from .checkpoints import Checkpoint, CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors, row_names
+from .configs import ExperimentConfig, load_config
 from .contexts import PuzzleEmbedding
 from .data import PuzzleData, puzzle_data, read_dataset, read_identifiers
 from .decoder import Decoder
 from .diagnosis import onehot_rules, rule_share
-from .experiment import answer, check_names, contexts_of, copy_answers, score
+from .experiment import Queries, answer, check_names, contexts_of, copy_answers, saved_config, score
 from .runs import differences
 from .task_sets import make_task_sets
 from .grids import Augmentation
@@ -30,7 +31,7 @@ from .votes import Predictions, Votes, concatenate
 
 # %% ../nbs/api/18_tables.ipynb #aa7b4cb1
 def model_type(
-    checkpoint: str | Path,  # official or own
+    checkpoint: str | Path | Checkpoint,  # official or own
     asked: str = 'auto',  # 'trm', 'etrm' or 'auto'
 ) -> str:  # 'trm' or 'etrm'
     "The kind of model that a checkpoint holds."
@@ -43,15 +44,13 @@ def model_type(
 
 # %% ../nbs/api/18_tables.ipynb #edb00815
 def configuration_for(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     name: str | Path | None = None,  # of a configuration; None takes the checkpoint's own
 ) -> ExperimentConfig | None:  # None where an official checkpoint says nothing about tasks
     "What an evaluation goes by, seen to fit the checkpoint."
     saved = read_config(checkpoint)
     if name is None and 'arch' in saved: return None
-    if name is None:
-        try: return ExperimentConfig.saved(saved)
-        except ValidationError as error: raise CheckpointError(f'{checkpoint}: {explain(error, "of the checkpoint")}') from error
+    if name is None: return saved_config(checkpoint)
     config = load_config(name)
     try: sizes = decoder_config(saved, config.decoder.canvas)
     except ValidationError as error: raise CheckpointError(f'{checkpoint}: its configuration does not describe a decoder: {error}') from error
@@ -101,7 +100,8 @@ AT_ONCE = 4096
 def table_answers(decoder: Decoder, table: PuzzleEmbedding, data: PuzzleData, batch_size: int) -> Predictions:
     "The answer to every query of every puzzle, under its own row."
     parts = [data.take(np.arange(i, min(i + AT_ONCE, len(data.names)))) for i in range(0, len(data.names), AT_ONCE)]
-    return concatenate([answer(decoder, part, contexts_of(table, part, 0, batch_size)[0], batch_size) for part in parts])
+    laid_out = (Queries.of(part, decoder, batch_size=batch_size) for part in parts)
+    return concatenate([answer(decoder, part, contexts_of(table, part)[0]) for part in laid_out])
 
 
 def evaluate_table(
@@ -126,15 +126,15 @@ def scored(decoder: Decoder, table: PuzzleEmbedding, sets: dict[str, list[Task]]
 
 def evaluate_dataset(
     folder: str | Path,  # TRM's on-disk dataset that the table was trained on
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
     max_groups: int = 0,  # the first N groups of its test split; 0 takes all
     batch_size: int = 256,
-    device: str = 'cpu',  # of the decoder; the table stays in its file
+    device: str | torch.device = 'cpu',  # of the decoder; the table stays in its file
 ) -> tuple[list[dict], dict[str, Votes]]:
     "Score a table on a dataset's test split: what the official evaluator does."
     folder, data = Path(folder), read_dataset(folder, 'test')
     data = data.first_groups(max_groups) if max_groups else data
-    decoder, table, _ = load_checkpoint(checkpoint, data.canvas)
+    decoder, table, _ = load_checkpoint(checkpoint, data.canvas, device)
     if data.canvas != decoder.config.canvas: raise CheckpointError(f'{checkpoint}: decoder.canvas is {decoder.config.canvas}, but {folder} is of a canvas of {data.canvas}')
     if table is None: raise CheckpointError(f'{checkpoint} holds no table')
     if (names := len(read_identifiers(folder / 'identifiers.json'))) != len(table.weights): raise CheckpointError(f'{folder / "identifiers.json"} has {names:,} names, the table of {checkpoint} {len(table.weights):,} rows: it was trained on another dataset')
@@ -142,11 +142,11 @@ def evaluate_dataset(
     asked = {Augmentation.from_name(name)[0] for name in data.names}
     tasks = [t for t in load_challenges(folder / 'test_puzzles.json') if t.name in asked]
     if strange := sorted(asked - {t.name for t in tasks}): raise ValueError(f'{folder / "test_puzzles.json"} lacks {strange[0]!r}, which the test split asks')
-    return scored(decoder.to(device), table, {'test': tasks}, {'test': data}, batch_size)
+    return scored(decoder, table, {'test': tasks}, {'test': data}, batch_size)
 
 # %% ../nbs/api/18_tables.ipynb #65ae568a
 def rows_share(
-    checkpoint: str | Path,
+    checkpoint: str | Path | Checkpoint,
 ) -> float | None:  # None where there are no rows of procedural tasks or patterns, or too few
     "The share of the variance of a table's rows that the rules of its tasks predict, rows of compositions left out."
     if 'arch' in read_config(checkpoint): return None  # an official configuration says nothing about tasks

@@ -377,8 +377,9 @@ class Trainer:
 
     def contrast(self) -> Tensor | float:
         "The weighted `contrastive_loss` between contexts of two halves of each sample's demonstrations."
-        if not self.config.contrast: return 0.
-        half, demos = self.slots['demo_mask'].shape[1] // 2, [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
+        half = self.slots['demo_mask'].shape[1] // 2 if self.config.contrast else 0
+        if not half: return 0.
+        demos = [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
         two = [[d[:, part] for d in demos] for part in (slice(half), slice(half, None))]
         both = two[0][2].any(1) & two[1][2].any(1)  # one demonstration has no halves
         return self.config.contrast * contrastive_loss(*(self.source(*part) for part in two), self.slots['group'], there=both)

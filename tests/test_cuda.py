@@ -1,11 +1,16 @@
 "On a GPU: the same answers as on the CPU, and everything stays there until it is to be counted."
+import numpy as np
 import pytest
 import torch
 
-from etrm.contexts import SEARCH_RULES, noise, search
-from etrm.decoder import Decoder, DecoderConfig
+from etrm.bench import format_rows, measure, training_step
+from etrm.contexts import SEARCH_RULES, PuzzleEmbedding, noise, search
+from etrm.data import Stream, puzzle_data
+from etrm.decoder import COMPILED, Decoder, DecoderConfig
 from etrm.devices import device_of
 from etrm.losses import stablemax_cross_entropy
+from etrm.tasks import Pair, Task
+from etrm.training import TrainConfig, Trainer
 
 pytestmark = pytest.mark.cuda
 
@@ -35,3 +40,50 @@ def test_a_search_goes_where_it_goes_on_the_cpu(rule):
     assert on_gpu.device.type == losses_there.device.type == 'cuda'
     torch.testing.assert_close(on_gpu.cpu(), contexts, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(losses_there.cpu(), losses, atol=1e-3, rtol=1e-3)
+
+
+def updates(parts: str, n: int = 4):
+    "Logged losses and the decoder's weights after some updates of a table and its decoder."
+    grids = np.random.default_rng(0).integers(0, 10, (4, 7, 2, 3, 3)).astype(np.uint8)
+    tasks = [Task(f'{i}', tuple(Pair(a, b) for a, b in task[:6]), tuple(Pair(a, b) for a, b in task[6:])) for i, task in enumerate(grids)]
+    data = puzzle_data(tasks, 3)
+    torch.manual_seed(0)
+    decoder, table = Decoder(SMALL), PuzzleEmbedding(data.num_identifiers, 64, 2, 32, init_std=1.)
+    trainer = Trainer(decoder.cuda(), table.cuda(), Stream(data, 16), TrainConfig(steps=n, global_batch_size=16, compile=parts, optim=dict(lr=1e-3, lr_warmup_steps=1)))
+    losses = []
+    for _ in range(n): losses.append(trainer.step()[0]['train/lm_loss'].clone())
+    answers = decoder.eval()(decoder.initial_carry(5), torch.full((5, 9), 3, device='cuda'), torch.ones(5, 2, 32, device='cuda'))[1]
+    return torch.stack(losses), answers.detach().clone()
+
+
+@pytest.mark.parametrize('parts', COMPILED[1:])
+def test_what_is_compiled_trains_and_answers_as_what_is_not(parts):
+    for found, wanted in zip(updates(parts), updates('no')): torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('parts', COMPILED[1:])
+def test_a_search_through_a_compiled_decoder(parts):
+    torch.manual_seed(0)
+    decoder, demos = Decoder(SMALL).cuda(), (torch.randint(2, 12, (2, 3, 9)), torch.randint(2, 12, (2, 3, 9)), torch.ones(2, 3, dtype=torch.bool))
+    start = torch.randn(2, 2, 32)
+    wanted = search(decoder, *demos, start, stablemax_cross_entropy, steps=3)
+    decoder.compile_parts(parts)
+    for found, value in zip(search(decoder, *demos, start, stablemax_cross_entropy, steps=3), wanted): torch.testing.assert_close(found, value, atol=1e-3, rtol=1e-3)
+
+
+OFFICIAL = 33.5 * 2**30  # bytes of the official program's compiled step at its own shape, batch 192, measured on an H200
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 45e9, reason='a step at the official shape takes some 35 GB')
+def test_memory_of_a_step_at_the_official_shape():
+    step = training_step(DecoderConfig(), 192, parts='blocks', device='cuda')
+    step(); torch.cuda.reset_peak_memory_stats()
+    step()
+    assert torch.cuda.max_memory_allocated() <= OFFICIAL, f'{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB'
+
+
+def test_the_bench_runs_there(capsys):
+    rows = measure(.05, {'small': (SMALL, 8), 'small, bfloat16': (SMALL.with_(forward_dtype='bfloat16'), 8)}, ('no', 'blocks'), 'cuda')
+    assert len(rows) == 2 * 2 * 8 and all(r['samples_per_second'] > 0 and r['memory'] > 0 for r in rows)
+    assert all(0 <= r['outside'] <= 1 for r in rows if 'training' in r['step'])
+    assert torch.cuda.get_device_name() in format_rows(rows, 'cuda')

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.overrides import TorchFunctionMode
 
 from etrm.checkpoints import read_tensors
 from etrm.configs import load_config
+from etrm.data import Stream, puzzle_data
 from etrm.decoder import Decoder
-from etrm.distributed import processes
-from etrm.experiment import evaluate, pretrain, train_encoder
+from etrm.distributed import draw, processes
+from etrm.experiment import evaluate, new_encoder, new_table, pretrain, train_encoder
 from etrm.runs import open_run, settings_of
 from etrm.task_sets import make_task_sets
 from etrm.tracking import read_record
+from etrm.training import Trainer
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
 FORKS.set_forkserver_preload(['etrm.experiment'])
@@ -106,3 +109,30 @@ def test_torchrun_runs_the_experiment_and_writes_once(runs, tmp_path):
     steps = [r['step'] for r in read_record(folders[0])]
     assert steps == sorted(steps) and steps.count(12) == 2  # one row of training, one of the evaluation
     assert read_tensors(folders[0] / 'checkpoint')['encoder']
+
+
+DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.multinomial, torch.nn.functional.dropout,
+         torch.rand_like, torch.randn_like, torch.randint_like}
+
+
+class DrawsForAll(TorchFunctionMode):
+    "Inside, a draw that is not made by `draw` is an error: on several processes each would draw the same."
+    def __init__(self): super().__init__(); self.seen = 0
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in DRAWS:
+            frames, frame = [], sys._getframe(1)
+            while frame: frames.append(frame.f_code); frame = frame.f_back
+            assert draw.__code__ in frames, f'{function.__name__} is called without draw'
+            self.seen += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('source', ['table', 'encoder.variational=pair', 'encoder.variational=set'])
+def test_whatever_draws_in_an_update_draws_for_all_processes(source):
+    config = load_config('cfg_test_frozen_decoder', (*TINY, *TABLE[:3], *([] if source == 'table' else [source])))
+    data = puzzle_data(make_task_sets(config)[0], config.decoder.canvas)
+    decoder = Decoder(config.decoder)
+    made = new_table(config, data) if source == 'table' else new_encoder(config, decoder, None)
+    trainer = Trainer(decoder, made, Stream(data, 12, num_demos=0 if source == 'table' else 4), config.train.with_(freeze_decoder=False))
+    with DrawsForAll() as found: trainer.step()
+    assert found.seen == 3  # exploration, the earliest step, and the source's own

@@ -28,7 +28,7 @@ SMALL = ('decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 
 
 @pytest.fixture(scope='module')
 def lab():
-    config = load_config('cfg_test_frozen_decoder', ('tasks.max_eval_groups=128', 'train.steps=8', 'train.log_every=2', 'train.global_batch_size=16'))
+    config = load_config('cfg_test_frozen_decoder', ('tasks.max_eval_groups=128', 'tasks.pairs_per_task=64', 'train.steps=8', 'train.log_every=2', 'train.global_batch_size=16'))
     return config, *load_checkpoint(LAB)[:2], *make_task_sets(config)
 
 

@@ -99,7 +99,7 @@ def test_refused_where_it_is_no_run_of_these_settings_and_gone_on_with_where_it_
     place = folder / 'checkpoint' if command in ('pretrain', 'train') else folder  # its folder is meant
     done = cli.invoke(app, going_on(command, decoders[0], tmp_path, place))
     assert done.exit_code == 0, done.stderr
-    assert done.stderr.splitlines()[0] == f'{folder} goes on after update 6'
+    assert done.stderr.splitlines()[1] == f'{folder} goes on after update 6'
     assert [r['step'] for r in read_record(folder) if 'train/lr' in r] == list(range(1, 13)) and not (folder / 'checkpoint' / 'record.jsonl').exists()
 
 
@@ -116,7 +116,7 @@ def test_stopped_in_the_regression_it_goes_on_through_its_own_decoder_only(decod
     other = cli.invoke(app, going_on('train', decoders[1], runs, folder, *REGRESSION))
     assert other.exit_code == 2 and 'is of another run: decoder is' in other.stderr
     done = cli.invoke(app, going_on('train', shutil.copytree(decoders[0], runs / 'moved'), runs, folder, *REGRESSION))
-    assert done.exit_code == 0 and done.stderr.splitlines()[0] == f'{folder} goes on after update 6 of the regression'
+    assert done.exit_code == 0 and done.stderr.splitlines()[1] == f'{folder} goes on after update 6 of the regression'
 
 
 def test_a_record_without_its_checkpoint_is_kept(decoders, tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_a_record_without_its_checkpoint_is_kept(decoders, tmp_path, monkeypatch
     rows = (folder / 'record.jsonl').read_text()
     shutil.rmtree(folder / 'checkpoint')
     with pytest.warns(UserWarning, match='they are kept in record-001.jsonl, and training begins anew'): done = cli.invoke(app, going_on('train', decoders[0], tmp_path, folder))
-    assert done.exit_code == 0 and done.stderr.splitlines()[0] == f'{folder} holds no checkpoint: training begins at update 0'
+    assert done.exit_code == 0 and done.stderr.splitlines()[1] == f'{folder} holds no checkpoint: training begins at update 0'
     assert (folder / 'record-001.jsonl').read_text() == rows and len(read_record(folder)) == 12
 
 
