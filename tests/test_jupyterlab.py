@@ -22,7 +22,7 @@ SHOTS = ROOT / 'docs/_build/screenshots'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 NOTEBOOK = '03_frozen_decoder.ipynb'
 SETTINGS = "settings = ('tasks.max_eval_groups=400', 'evaluation.others=50')"  # a line of it
-LONGEST = 45 * 60  # seconds for Run All, which takes 4 minutes on two idle cores
+LONGEST = 45 * 60  # seconds for Run All, which takes some 8 minutes on two idle cores
 QUIET = {  # JupyterLab asks at its first start whether to fetch news
     '@jupyterlab/apputils-extension/notification.jupyterlab-settings': dict(fetchNews='false', checkForUpdates=False),
     '@jupyterlab/notebook-extension/tracker.jupyterlab-settings': dict(windowingMode='none')}  # all cells are in the page
