@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / 'docs/_build/screenshots'
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 NOTEBOOK = '03_frozen_decoder.ipynb'
+SETTINGS = "settings = ('tasks.max_eval_groups=400', 'evaluation.others=50')"  # a line of it
 LONGEST = 45 * 60  # seconds for Run All, which takes 4 minutes on two idle cores
 QUIET = {  # JupyterLab asks at its first start whether to fetch news
     '@jupyterlab/apputils-extension/notification.jupyterlab-settings': dict(fetchNews='false', checkForUpdates=False),
@@ -210,7 +211,8 @@ def test_another_setting_run_again_leaves_the_first_record_as_it_was(finished, p
     assert [p.name for p in sorted(runs.iterdir())] == ['notebook-001']
     before = digests(runs / 'notebook-001')
     assert 'record.jsonl' in before and 'results.json' in before
-    run_cell(page, "config = load_config('cfg_test_frozen_decoder')", ("config = load_config('cfg_test_frozen_decoder')", "config = load_config('cfg_test_frozen_decoder', ('train.steps=20', 'train.log_every=5'))"))
+    others = "settings = ('train.steps=20', 'train.log_every=5')"
+    run_cell(page, "config = load_config('cfg_test_frozen_decoder', settings)", (SETTINGS, others))
     run_cell(page, "folder = new_run_folder('../runs', 'notebook')")
     assert [p.name for p in sorted(runs.iterdir())] == ['notebook-001', 'notebook-002']
     assert digests(runs / 'notebook-001') == before
