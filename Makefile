@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # one thread a process: two notebooks, and then two tests, run at once
-TEST_ENV := OMP_NUM_THREADS=1 WANDB_MODE=disabled MPLBACKEND=agg
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=disabled MPLBACKEND=agg
 
 .PHONY: run test lab docs test-browser test-gpu readme export clean
 

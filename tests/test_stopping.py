@@ -48,7 +48,7 @@ LOGGED = dict(table='train/lr', regression='regression/error', encoder='train/lr
 
 def endless(loop: str, folder: Path, table: Path, rank: int = 0, port: int = 0, n: int = 1):
     "A training that only a signal ends; it notes how."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)
+    for s in training.STOPS: signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)  # tests under nohup, or in the background, ignore some
     if n > 1: os.environ |= dict(WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     with processes():
         try: LOOPS[loop](folder, table)
@@ -171,10 +171,11 @@ def test_a_signal_in_the_last_save_waits_for_it(number, tmp_path, monkeypatch):
         if len(calls) == 2: signal.raise_signal(number)
         return real(*args)
     monkeypatch.setattr(checkpoints, 'write_files', write)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {s: signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL) for s in training.STOPS}
     try:
         with pytest.raises(KeyboardInterrupt), training.stops_interrupt(): table_of(tmp_path, 'pretrain.steps=3')
-    finally: signal.signal(signal.SIGINT, before)
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
     assert not (tmp_path / 'checkpoint' / 'training_state.pt').exists() and read_tensors(tmp_path / 'checkpoint')['table']
 
 
