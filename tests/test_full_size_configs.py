@@ -83,7 +83,7 @@ def decoder_of(name, decoders):
     "A decoder that two updates of the configuration have made; configurations that differ in the encoder only share it."
     folder, made = decoders
     c = load_config(name)
-    key = (c.tasks.source, c.decoder.puzzle_emb_len, with_encoder(name))
+    key = (c.tasks.source, c.decoder.puzzle_emb_len, with_encoder(name), *dtype(name))
     if key not in made: made[key] = ok('pretrain', name, *small(name), '--runs', folder, '--no-wandb').splitlines()[-1]
     return made[key]
 
