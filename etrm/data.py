@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLANK', 'AT_ONCE', 'PuzzleData', 'puzzle_data', 'content_seed', 'distinct_augmentations', 'gather', 'to_labels',
-           'extents', 'assemble', 'Draw', 'grid_sizes', 'framed', 'sources', 'Grids', 'Stream', 'smallest',
+           'labels_of', 'extents', 'assemble', 'Draw', 'grid_sizes', 'framed', 'sources', 'Grids', 'Stream', 'smallest',
            'eval_batches', 'write_dataset', 'pairs_of', 'read_identifiers', 'check_about', 'read_array', 'read_set',
            'read_dataset']
 
@@ -152,6 +152,14 @@ def to_labels(
     "What the decoder is asked for: every place that is not PAD."
     return np.where(outputs == PAD, IGNORE_LABEL, outputs.astype(np.int32))
 
+
+def labels_of(
+    outputs: Tensor,  # tokens
+) -> Tensor:  # int64, IGNORE_LABEL at PAD
+    "`to_labels`, where the tokens are."
+    return outputs.long().masked_fill(outputs == PAD, IGNORE_LABEL)
+
+
 # %% ../nbs/api/03_data.ipynb #8ed7a4f4
 def extents(
     data: PuzzleData,
@@ -246,7 +254,7 @@ class Grids:
         some = max(1, AT_ONCE // (2 * pairs.shape[1] * self.canvas**2)) if pairs.device.type == 'cpu' else len(pairs)
         parts = zip(*(t.split(some) for t in (puzzles, pairs, *symmetry, offsets)))
         inputs, outputs = torch.cat([self.lay_out(*part) for part in parts]).unbind(1)
-        batch = dict(inputs=inputs[:, 0], labels=torch.where(outputs[:, 0] == PAD, IGNORE_LABEL, outputs[:, 0]), puzzle_identifiers=identifiers, group=group, puzzle=puzzles)
+        batch = dict(inputs=inputs[:, 0], labels=labels_of(outputs[:, 0]), puzzle_identifiers=identifiers, group=group, puzzle=puzzles)
         if drawn.mask.shape[1]: batch |= dict(demo_inputs=inputs[:, 1:], demo_labels=outputs[:, 1:], demo_mask=there[:, 1:])
         if self.known is None: return batch
         known = self.known[pairs[:, 0]]

@@ -10,13 +10,14 @@ __all__ = ['BYTES', 'MEASURES', 'AMONG', 'NO_ROWS', 'new_table', 'pretrain', 'sa
            'held_near_rows', 'resume_regression', 'RowLosses', 'check_decoder', 'gallery_rows', 'run', 'is_trained',
            'updates_made', 'known_puzzles', 'through', 'check_rows', 'check_ends', 'check_sets', 'rows_with_a_loss',
            'verdict_of', 'verdicts_of', 'verdict_file', 'say_verdicts', 'closing', 'write_results', 'write_verdict',
-           'load_encoder', 'saved_config', 'new_to', 'table_for', 'compare_contexts']
+           'load_encoder', 'saved_config', 'explained', 'new_to', 'table_for', 'compare_contexts']
 
 # %% ../nbs/api/18_experiment.ipynb #dbe09ead
 import copy
 import hashlib
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
@@ -47,7 +48,7 @@ from .novelty import bits_by_task, new_under_all, of_new_views
 from .task_sets import make_task_sets, newness, validation_tasks
 from .tasks import Task
 from .tracking import new_run_folder
-from .training import Clock, Faults, Stopped, Trainer, context_of, context_statistics, counted, finishing, grad_norm, insisting, paced, random_state, set_random_state, to_tensors
+from .training import Clock, Faults, Stopped, Trainer, context_of, context_statistics, counted, ended, finishing, grad_norm, insisting, paced, random_state, set_random_state, to_tensors
 from .votes import Predictions, Votes, vote
 
 # %% ../nbs/api/18_experiment.ipynb #d6be2d6b
@@ -472,7 +473,7 @@ def regress_on_rows(
             for group in adam.param_groups: group['lr'] = c.optim.lr * lr_scale(done - 1, c.steps, c.optim, clock and clock.share)
             adam.step(); adam.zero_grad(set_to_none=True)
             if clock: clock.look()
-            if done % c.log_every == 0 or (clock.share >= 1 if clock else done == c.steps):
+            if done % c.log_every == 0 or ended(done, c.steps, clock):
                 faults.check()
                 found = {k: v.detach() for k, v in found.items()}
                 sum_over_ranks(found.values())
@@ -728,20 +729,24 @@ def load_encoder(
     checkpoint = Checkpoint.of(path)
     decoder = load_checkpoint(checkpoint, device=device)[0]
     if not checkpoint.tensors['encoder']: raise CheckpointError(f'{path} holds no encoder: name the checkpoint of an encoder run')
-    config = saved_config(checkpoint, lambda config: config.encoder_config(decoder.config))
-    return decoder, checkpoint.encoder(config.encoder_config(decoder.config), device), config
+    config = saved_config(checkpoint)
+    with explained(checkpoint): encoder_config = config.encoder_config(decoder.config)
+    return decoder, checkpoint.encoder(encoder_config, device), config
 
 
 def saved_config(
     checkpoint: str | Path | Checkpoint,
-    check: Callable[[ExperimentConfig], object] = lambda config: None,  # whether it says what is needed of it
 ) -> ExperimentConfig:
     "What a checkpoint of ours was trained with."
-    try:
-        config = ExperimentConfig.saved(read_config(checkpoint))
-        check(config)
-    except ValidationError as error: raise CheckpointError(f'{checkpoint}: {explain(error, "of the checkpoint")}') from error
-    return config
+    with explained(checkpoint): return ExperimentConfig.saved(read_config(checkpoint))
+
+
+@contextmanager
+def explained(checkpoint: str | Path | Checkpoint):
+    "What is wrong in a checkpoint's configuration is an error of the checkpoint."
+    try: yield
+    except ValidationError as error:
+        raise CheckpointError(f'{checkpoint}: {explain(error, "of the checkpoint")}') from error
 
 
 def new_to(

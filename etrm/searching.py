@@ -20,13 +20,13 @@ from tqdm.auto import tqdm, trange
 
 from .checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from .contexts import PuzzleEmbedding, demo_extents, search, shuffled
-from .data import PuzzleData, puzzle_data
+from .data import PuzzleData, labels_of, puzzle_data
 from .decoder import Decoder, last_step
 from .devices import where_is
 from .evaluation import pass_at_k, submission
 from .experiment import Queries, answer, check_names, contexts_of, digest, load_encoder, measured_row, measures, rate
 from .files import markdown_table
-from .grids import IGNORE_LABEL, PAD, Augmentation
+from .grids import Augmentation
 from .losses import stablemax_cross_entropy
 from .novelty import bits_of_inputs, of_new_views
 from .task_sets import make_task_sets, newness
@@ -59,8 +59,8 @@ def demonstrations(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], np.ndarray]:  # inputs and labels (Q, K, S), mask (Q, K); (Q,) the puzzle that each query is of
     "The demonstrations of every test pair, as `search` takes them."
     queries = data if isinstance(data, Queries) else Queries(data, num_demos)
-    inputs, outputs = (queries.whole(name).long() for name in ('demo_inputs', 'demo_labels'))
-    return (inputs, outputs.masked_fill(outputs == PAD, IGNORE_LABEL), queries.whole('demo_mask')), queries.whole('puzzle').cpu().numpy()
+    inputs, outputs, mask = (queries.whole(name) for name in ('demo_inputs', 'demo_labels', 'demo_mask'))
+    return (inputs.long(), labels_of(outputs), mask), queries.whole('puzzle').cpu().numpy()
 
 # %% ../nbs/api/18_searching.ipynb #e865f6ad
 STARTS = ('encoder', 'shuffled', 'mean', 'noise', 'retrieved')
@@ -208,7 +208,7 @@ def search_curves(
         contexts, groups = contexts_of(encoder, queries)
         at = {'encoder': contexts} | ({'shuffled': shuffled(contexts, groups)} if 'shuffled' in starts else {})
         if rows is not None: at |= {'mean': rows.mean(0, keepdim=True).expand(len(contexts), -1, -1), 'noise': rows.mean(0) + rows.std(0) * torch.randn(len(contexts), *rows.shape[1:])}
-        if 'retrieved' in starts: at['retrieved'] = (library := rows.to(where_is(decoder)))[retrieved(decoder, library, demos)]
+        if 'retrieved' in starts: at['retrieved'] = rows[retrieved(decoder, rows, demos).to(rows.device)]
         views = new(name, data) if new else None
         for start in starts:
             for step, (contexts, seconds) in contexts_on_the_way(decoder, demos, at[start], steps, lr, marks, rule=rule).items():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STOPS', 'AGAIN', 'SAVE_SECONDS', 'SAVE_SHARE', 'WAITS', 'to_tensors', 'context_of', 'context_statistics', 'grad_norm',
            'clip_gradients', 'TrainConfig', 'Stopped', 'handling', 'noting_interrupts', 'finishing', 'stops_interrupt',
-           'Diverged', 'Faults', 'insisting', 'Pace', 'paced', 'Clock', 'counted', 'Trainer', 'random_state',
+           'Diverged', 'Faults', 'insisting', 'Pace', 'paced', 'Clock', 'ended', 'counted', 'Trainer', 'random_state',
            'set_random_state', 'averages']
 
 # %% ../nbs/api/11_training.ipynb #d9b6a487
@@ -27,11 +27,10 @@ from tqdm.auto import tqdm
 
 from .checkpoints import CheckpointError, all_finite
 from .contexts import PuzzleEmbedding, search
-from .data import Stream
+from .data import Stream, labels_of
 from .decoder import Carry, Decoder
 from .devices import widest_float
 from .distributed import broadcast, first_says, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
-from .grids import IGNORE_LABEL, PAD
 from .losses import contrastive_loss, stablemax_cross_entropy, trm_loss
 from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
 from .settings import Settings
@@ -289,6 +288,15 @@ class Clock:
         return min(1., self.used / self.seconds)
 
 
+def ended(
+    made: int,  # updates
+    steps: int,  # to be made
+    clock: Clock | None,  # by which it ends instead
+) -> bool:
+    "Whether a training has made all its updates, or used all of its time."
+    return clock.share >= 1 if clock else made >= steps
+
+
 def counted(
     made: int,  # updates that are made already
     until: float,  # so many in all, at most
@@ -342,7 +350,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         "Whether all configured updates are made, or all of the time is used."
-        return self.clock.share >= 1 if self.clock else self.updates >= self.config.steps
+        return ended(self.updates, self.config.steps, self.clock)
 
     def refill(self):
         "Put new samples where slots have halted."
@@ -388,8 +396,7 @@ class Trainer:
         "How far `search` on the demonstrations moves the context; a constant for the gradient, as in arXiv 2411.08706."
         if not self.config.search_steps: return 0.
         demos = [self.slots[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
-        labels = demos[1].masked_fill(demos[1] == PAD, IGNORE_LABEL)
-        found, _ = search(self.decoder, demos[0], labels, demos[2], context, stablemax_cross_entropy, self.config.search_steps, self.config.search_lr, rule=self.config.search_rule, check=False)  # `Faults` notes it, without waiting
+        found, _ = search(self.decoder, demos[0], labels_of(demos[1]), demos[2], context, stablemax_cross_entropy, self.config.search_steps, self.config.search_lr, rule=self.config.search_rule, check=False)  # `Faults` notes it, without waiting
         return found - context.detach()
 
     def row_norm(self) -> Tensor:  # scalar; 0 of an encoder

@@ -1,15 +1,13 @@
 "On a GPU: the same answers as on the CPU, and everything stays there until it is to be counted."
-import numpy as np
 import pytest
 import torch
 
-from etrm.bench import format_rows, measure, training_step
+from etrm.bench import format_rows, measure, random_tasks, training_step
 from etrm.contexts import SEARCH_RULES, PuzzleEmbedding, noise, search
 from etrm.data import Stream, puzzle_data
 from etrm.decoder import COMPILED, Decoder, DecoderConfig
 from etrm.devices import device_of
 from etrm.losses import stablemax_cross_entropy
-from etrm.tasks import Pair, Task
 from etrm.training import TrainConfig, Trainer
 
 pytestmark = pytest.mark.cuda
@@ -44,9 +42,7 @@ def test_a_search_goes_where_it_goes_on_the_cpu(rule):
 
 def updates(parts: str, n: int = 4):
     "Logged losses and the decoder's weights after some updates of a table and its decoder."
-    grids = np.random.default_rng(0).integers(0, 10, (4, 7, 2, 3, 3)).astype(np.uint8)
-    tasks = [Task(f'{i}', tuple(Pair(a, b) for a, b in task[:6]), tuple(Pair(a, b) for a, b in task[6:])) for i, task in enumerate(grids)]
-    data = puzzle_data(tasks, 3)
+    data = puzzle_data(random_tasks(3, n=4, pairs=6), 3)
     torch.manual_seed(0)
     decoder, table = Decoder(SMALL), PuzzleEmbedding(data.num_identifiers, 64, 2, 32, init_std=1.)
     trainer = Trainer(decoder.cuda(), table.cuda(), Stream(data, 16), TrainConfig(steps=n, global_batch_size=16, compile=parts, optim=dict(lr=1e-3, lr_warmup_steps=1)))
