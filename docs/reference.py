@@ -2,6 +2,7 @@
 import ast
 import html
 import io
+import os
 import re
 import tokenize
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ class Reader:
 
     def linked(self, name: str) -> str:
         page, anchor = self.known.get(name, ('', ''))
-        url = f"{page.split('/')[-1]}.html#{anchor}" if page.startswith('api/') else EXTERNAL.get(name)
+        url = f'{os.path.relpath(page, self.folder)}.html#{anchor}' if page else EXTERNAL.get(name)
         return f'<a href="{url}">{html.escape(name)}</a>' if url else html.escape(name)
 
     def prose(self, text) -> str:

@@ -1,5 +1,5 @@
 __version__ = "0.1.0"
 
-from .threads import choose_waiting
+from .basics.threads import choose_waiting
 
 OTHERS = choose_waiting()  # before any module loads torch, which reads the choice then and never again

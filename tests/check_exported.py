@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def generated() -> dict[str, str]:
     "A hash of every file that cleaning, exporting and the README's making may write."
-    files = [*ROOT.glob('etrm/*.py'), *ROOT.glob('nbs/**/*.ipynb'), ROOT / 'README.md']
+    files = [*ROOT.glob('etrm/**/*.py'), *ROOT.glob('nbs/**/*.ipynb'), ROOT / 'README.md']
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if '.ipynb_checkpoints' not in f.parts}
 
 
@@ -24,8 +24,9 @@ def main() -> int:
     after = generated()
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     for name in changed: print(f'differs after nbdev_clean, nbdev_export and nbs/_readme.py: {name}', file=sys.stderr)
-    stale = {p.stem for p in ROOT.glob('etrm/*.py')} - {'__init__', '_modidx'} - exported()
-    for name in sorted(stale): print(f'etrm/{name}.py comes from no notebook: delete it', file=sys.stderr)
+    modules = {'.'.join(p.relative_to(ROOT / 'etrm').with_suffix('').parts) for p in ROOT.glob('etrm/**/*.py')}
+    stale = modules - {'__init__', '_modidx'} - exported()
+    for name in sorted(stale): print(f'the module etrm.{name} comes from no notebook: delete it', file=sys.stderr)
     return 1 if changed or stale else 0
 
 

@@ -71,7 +71,7 @@ def nodes(tree):
 
 def mutants(module):
     "Every mutant of a module: its line, and the top-level statement before and after."
-    for statement in ast.parse((ROOT/'etrm'/f'{module}.py').read_text()).body:
+    for statement in ast.parse((ROOT/'etrm'/f"{module.replace('.', '/')}.py").read_text()).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)) or ast.unparse(statement).startswith('__all__'): continue
         line, name = statement.lineno, getattr(statement, 'name', '')
         for i, node in enumerate(nodes(statement)):
@@ -174,7 +174,7 @@ def run_pytest(mutant, files):
     "Which of the pytest files notices a mutant, in a copy of the package."
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT/'etrm', Path(folder)/'etrm')
-        file = Path(folder)/'etrm'/f"{mutant['module']}.py"
+        file = Path(folder)/'etrm'/f"{mutant['module'].replace('.', '/')}.py"
         file.write_text(mutated(file.read_text(), mutant))
         env = os.environ | dict(PYTHONPATH=folder, PYTHONSAFEPATH='1')
         command = [sys.executable, '-m', 'pytest', '-qx', '-p', 'no:cacheprovider']

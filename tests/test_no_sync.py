@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from etrm.contexts import PuzzleEmbedding
-from etrm.data import Stream, puzzle_data
-from etrm.decoder import Decoder, DecoderConfig
-from etrm.encoders import DemoEncoder, EncoderConfig
-from etrm.experiment import RowLosses
-from etrm.optim import OptimConfig
-from etrm.tasks import Pair, Task
-from etrm.training import TrainConfig, Trainer
+from etrm.model.contexts import PuzzleEmbedding
+from etrm.data.puzzles import Stream, puzzle_data
+from etrm.model.decoder import Decoder, DecoderConfig
+from etrm.model.encoders import DemoEncoder, EncoderConfig
+from etrm.experiments.experiment import RowLosses
+from etrm.training.optim import OptimConfig
+from etrm.tasks.task import Pair, Task
+from etrm.training.trainer import TrainConfig, Trainer
 
 SMALL = DecoderConfig(canvas=4, hidden_size=32, num_heads=2, L_layers=1, H_cycles=2, L_cycles=1, puzzle_emb_len=2, halt_max_steps=3, forward_dtype='float32')
 WAITS = {'_local_scalar_dense', 'item', 'is_nonzero', 'equal', 'nonzero', 'masked_select', 'unique_dim', '_unique', '_unique2', 'bincount', 'repeat_interleave'}

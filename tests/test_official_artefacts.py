@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from etrm.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from etrm.contexts import PuzzleEmbedding
-from etrm.decoder import Decoder, DecoderConfig
-from etrm.official import export_official
+from etrm.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from etrm.model.contexts import PuzzleEmbedding
+from etrm.model.decoder import Decoder, DecoderConfig
+from etrm.training.official import export_official
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / 'checkpoints' / 'lab_decoder'
@@ -127,7 +127,7 @@ ROWS, WIDTH = 200_000, 256
 PEAK = r'''
 import re, sys
 import torch
-from etrm.checkpoints import load_checkpoint
+from etrm.training.checkpoints import load_checkpoint
 decoder, table, _ = load_checkpoint(sys.argv[1], canvas=3)
 context = table(torch.tensor([1, len(table.weights) - 1]))
 assert context.shape == (2, 4, 64) and context.dtype == torch.float32

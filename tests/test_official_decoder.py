@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from etrm.checkpoints import compare_decoders, load_checkpoint, read_tensors
-from etrm.decoder import Decoder
-from etrm.losses import trm_loss
+from etrm.training.checkpoints import compare_decoders, load_checkpoint, read_tensors
+from etrm.model.decoder import Decoder
+from etrm.model.losses import trm_loss
 from test_recursion import steps as by_equations
 
 ROOT = Path(__file__).parents[1]

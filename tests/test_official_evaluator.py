@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from etrm.evaluation import NO_ANSWER, clopper_pearson, pass_at_k, score_submission, submission
-from etrm.votes import Predictions, load_predictions, save_predictions, vote
-from etrm.grids import Augmentation, tokens_to_grid
-from etrm.tasks import task_from_json
+from etrm.evaluation.scores import NO_ANSWER, clopper_pearson, pass_at_k, score_submission, submission
+from etrm.evaluation.votes import Predictions, load_predictions, save_predictions, vote
+from etrm.tasks.grids import Augmentation, tokens_to_grid
+from etrm.tasks.task import task_from_json
 
 FIXTURE = Path(__file__).parents[2]/'shared'/'fixtures'/'official_arc_evaluator'
 pytestmark = pytest.mark.skipif(not FIXTURE.is_dir(), reason=f'no official evaluator fixture at {FIXTURE}')

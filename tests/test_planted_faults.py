@@ -8,16 +8,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from etrm.checkpoints import CheckpointError, load_checkpoint
-from etrm.checks import CheckError, check_answers, check_contexts, check_gradients
-from etrm.cli import app
-from etrm.configs import load_config
-from etrm.data import Stream, puzzle_data
-from etrm.encoders import DemoEncoder
-from etrm.experiment import new_encoder
-from etrm.task_sets import make_task_sets
-from etrm.tasks import LeakageError, check_leakage
-from etrm.training import context_of, to_tensors
+from etrm.training.checkpoints import CheckpointError, load_checkpoint
+from etrm.evaluation.checks import CheckError, check_answers, check_contexts, check_gradients
+from etrm.apps.cli import app
+from etrm.experiments.configurations import load_config
+from etrm.data.puzzles import Stream, puzzle_data
+from etrm.model.encoders import DemoEncoder
+from etrm.experiments.experiment import new_encoder
+from etrm.data.splits import make_task_sets
+from etrm.tasks.task import LeakageError, check_leakage
+from etrm.training.trainer import context_of, to_tensors
 
 LAB = Path(__file__).resolve().parent.parent / 'checkpoints' / 'lab_decoder'
 NAME = 'L_level.layers.0.self_attn.qkv_proj.weight'

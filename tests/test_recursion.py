@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from etrm.decoder import Decoder, DecoderConfig
-from etrm.losses import trm_loss
+from etrm.model.decoder import Decoder, DecoderConfig
+from etrm.model.losses import trm_loss
 
 SIZES = dict(canvas=3, hidden_size=16, num_heads=2, L_layers=2, H_cycles=3, L_cycles=2, puzzle_emb_len=2, halt_max_steps=4)
 SHAPES = {'embed_tokens.embedding_weight': (12, 16), 'lm_head.weight': (12, 16), 'q_head.weight': (2, 16), 'q_head.bias': (2,), 'H_init': (16,), 'L_init': (16,)}

@@ -10,16 +10,16 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from etrm import checkpoints
-from etrm.checkpoints import finish_interrupted_save, load_checkpoint, load_training_state, read_tensors
-from etrm.configs import load_config
-from etrm.decoder import Decoder
-from etrm.experiment import pretrain, save_first, train_encoder
-from etrm.runs import open_run, settings_of
-from etrm.task_sets import make_task_sets
+from etrm.training import checkpoints
+from etrm.training.checkpoints import finish_interrupted_save, load_checkpoint, load_training_state, read_tensors
+from etrm.experiments.configurations import load_config
+from etrm.model.decoder import Decoder
+from etrm.experiments.experiment import pretrain, save_first, train_encoder
+from etrm.experiments.runs import open_run, settings_of
+from etrm.data.splits import make_task_sets
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
-FORKS.set_forkserver_preload(['etrm.experiment'])
+FORKS.set_forkserver_preload(['etrm.experiments.experiment'])
 TINY = ('decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=3',
         'decoder.forward_dtype=float32', 'tasks.max_train_groups=4', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=4',
         *(f'{phase}.{setting}' for phase in ('pretrain', 'train') for setting in ('steps=12', 'global_batch_size=8', 'log_every=3', 'save_every=1', 'eval_every=4', 'compile=false', 'optim.lr=0.001', 'optim.lr_warmup_steps=2')))

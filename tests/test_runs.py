@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from etrm import experiment, studies
-from etrm.checkpoints import load_training_state
-from etrm.cli import app
-from etrm.configs import load_config
-from etrm.experiment import pretrain
-from etrm.tracking import alone_in, read_record
+from etrm.experiments import experiment
+from etrm.experiments import studies
+from etrm.training.checkpoints import load_training_state
+from etrm.apps.cli import app
+from etrm.experiments.configurations import load_config
+from etrm.experiments.experiment import pretrain
+from etrm.training.records import alone_in, read_record
 
 SIZES = ['decoder.canvas=5', 'decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=2']
 SHORT = ['tasks.max_train_groups=4', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=4', 'evaluation.num_aug=0',
