@@ -39,7 +39,7 @@ class Page:
         self.nb = NBProcessor(NBS / name, [strip_ansi, hide_line, rm_header_dash, clean_magics, strip_hidden_metadata], process=True).nb
         sources = [c.source for c in self.nb.cells if 'export' in directives(c)]
         self.module = next((f'etrm.{d["default_exp"][0]}' for d in map(directives, self.nb.cells) if 'default_exp' in d), None)
-        self.reader = reference.Reader(self.module, sources, known)
+        self.reader = reference.Reader(self.module, name.parent.as_posix(), sources, known)
         self.heading, self.sentence, self.titled = '', '', False
 
     def notebook(self) -> dict:
@@ -120,7 +120,7 @@ def known_names(names) -> dict[str, tuple[str, str]]:
         cells = NBProcessor(NBS / name).nb.cells
         module = next((d['default_exp'][0] for d in map(directives, cells) if 'default_exp' in d), None)
         for cell in cells:
-            if 'export' not in directives(cell) or module == 'cli': continue
+            if 'export' not in directives(cell) or module == 'apps.cli': continue
             for symbol in reference.definitions(cell.source): found.setdefault(symbol, []).append((name.with_suffix('').as_posix(), f'etrm.{module}.{symbol}'))
     return {symbol: places[0] for symbol, places in found.items() if len(places) == 1}
 
@@ -149,7 +149,10 @@ def contents(names, files) -> str:
     "The navigation: findings first, then the library."
     findings = [n.stem for n in names if len(n.parts) == 1 and n.stem != 'index']
     pages = [f"files/{f.removesuffix('.md')}" for f in files if f.endswith('.md')]
-    groups = {'Findings': findings, 'Library': [n.with_suffix('').as_posix() for n in names if n.parts[0] == 'api'], 'Repository': [*pages, 'genindex']}
+    library = {}
+    for n in names:
+        if n.parts[0] == 'api': library.setdefault(n.parts[1].partition('_')[2].capitalize(), []).append(n.with_suffix('').as_posix())
+    groups = {'Findings': findings} | library | {'Repository': [*pages, 'genindex']}
     tree = lambda caption, pages: f':::{{toctree}}\n:caption: {caption}\n:hidden:\n\n' + '\n'.join(pages) + '\n:::'
     return '\n\n'.join(tree(c, p) for c, p in groups.items() if p)
 

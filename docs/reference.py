@@ -39,9 +39,9 @@ class Field:
 
 
 class Reader:
-    "Entries of one module; `known` maps a name to its (page, anchor) on the site."
-    def __init__(self, module: str, sources: list[str], known: dict):
-        self.module, self.known = module, known
+    "Entries of one module, on a page of `folder`; `known` maps a name to its (page, anchor) on the site."
+    def __init__(self, module: str, folder: str, sources: list[str], known: dict):
+        self.module, self.folder, self.known = module, folder, known
         self.constants = {t.id: n.value for s in sources for n in ast.parse(s).body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
 
     def entries(self, source: str) -> str:

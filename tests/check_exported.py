@@ -27,7 +27,9 @@ def main() -> int:
     modules = {'.'.join(p.relative_to(ROOT / 'etrm').with_suffix('').parts) for p in ROOT.glob('etrm/**/*.py')}
     stale = modules - {'__init__', '_modidx'} - exported()
     for name in sorted(stale): print(f'the module etrm.{name} comes from no notebook: delete it', file=sys.stderr)
-    return 1 if changed or stale else 0
+    ignored = subprocess.run(['git', 'ls-files', '--others', '--ignored', '--exclude-standard', 'etrm/*.py'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in ignored: print(f'git ignores {name}: no clone would have it', file=sys.stderr)
+    return 1 if changed or stale or ignored else 0
 
 
 def exported() -> set[str]:
