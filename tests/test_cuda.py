@@ -4,7 +4,8 @@ import torch
 
 from etrm.apps.bench import format_rows, measure, random_tasks, training_step
 from etrm.model.contexts import SEARCH_RULES, PuzzleEmbedding, noise, search
-from etrm.data.puzzles import Stream, puzzle_data
+from etrm.data.puzzles import puzzle_data
+from etrm.data.batches import Stream
 from etrm.model.decoder import COMPILED, Decoder, DecoderConfig
 from etrm.basics.devices import device_of
 from etrm.model.losses import stablemax_cross_entropy

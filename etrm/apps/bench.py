@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from ..model.contexts import PuzzleEmbedding, search
-from ..data.puzzles import Stream, eval_batches, puzzle_data
+from ..data.puzzles import puzzle_data
+from ..data.batches import Stream, eval_batches
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder, EncoderConfig
 from ..model.losses import stablemax_cross_entropy, trm_loss

@@ -25,16 +25,14 @@ import typer
 from pydantic import ValidationError
 
 from . import bench as benchmark
-from ..search import chains
-from ..experiments import experiment
-from ..search import curves as searching
-from ..experiments import studies
-from ..experiments import tables
+from ..search import chains, curves as searching
+from ..experiments import experiment, studies, tables
 from ..data import splits as task_sets
 from ..evaluation.checks import CheckError, check_answers, config_differences
 from ..training.checkpoints import Checkpoint, CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, save_checkpoint
 from ..experiments.configurations import ExperimentConfig, load_config
-from ..data.puzzles import puzzle_data, read_dataset, read_identifiers, write_dataset
+from ..data.puzzles import puzzle_data
+from ..data.dataset import read_dataset, read_identifiers, write_dataset
 from ..model.decoder import COMPILED, DecoderConfig
 from ..basics.devices import device_of, say_device
 from ..basics.distributed import from_first, is_first, processes

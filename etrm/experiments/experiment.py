@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ..training.checkpoints import Checkpoint, CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state
-from ..training.checkpoints import read_config, read_tensors, remove, row_names, save_checkpoint
+from ..training.checkpoints import Checkpoint, CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint, load_strictly, load_training_state, read_config, read_tensors, remove, row_names, save_checkpoint
 from .configurations import ExperimentConfig, explain
 from ..model.contexts import CONTROLS, PuzzleEmbedding
-from ..data.puzzles import PuzzleData, Stream, eval_batches, puzzle_data
+from ..data.puzzles import PuzzleData, puzzle_data
+from ..data.batches import Stream, eval_batches
 from ..model.decoder import Decoder, DecoderConfig, last_step
 from ..basics.devices import where_is
 from ..evaluation.verdict import Verdict, scenario

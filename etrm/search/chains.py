@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from ..training.checkpoints import Checkpoint
 from ..experiments.configurations import ExperimentConfig
 from ..model.contexts import PuzzleEmbedding, search
-from ..data.puzzles import labels_of, puzzle_data
+from ..data.puzzles import puzzle_data
+from ..data.batches import labels_of
 from ..model.decoder import Decoder, last_step
 from ..basics.devices import where_is
 from ..model.encoders import DemoEncoder

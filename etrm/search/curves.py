@@ -20,7 +20,8 @@ from tqdm.auto import tqdm, trange
 
 from ..training.checkpoints import Checkpoint, CheckpointError, load_checkpoint
 from ..model.contexts import PuzzleEmbedding, demo_extents, search, shuffled
-from ..data.puzzles import PuzzleData, labels_of, puzzle_data
+from ..data.puzzles import PuzzleData, puzzle_data
+from ..data.batches import labels_of
 from ..model.decoder import Decoder, last_step
 from ..basics.devices import where_is
 from ..evaluation.scores import pass_at_k, submission

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import CheckpointError, all_finite
 from ..model.contexts import PuzzleEmbedding, search
-from ..data.puzzles import Stream, labels_of
+from ..data.batches import Stream, labels_of
 from ..model.decoder import Carry, Decoder
 from ..basics.devices import widest_float
 from ..basics.distributed import broadcast, first_says, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
