@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoints import CheckpointError, all_finite
-from ..model.contexts import PuzzleEmbedding, search
 from ..data.batches import Stream, labels_of
+from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Carry, Decoder
 from ..basics.devices import widest_float
 from ..basics.distributed import broadcast, first_says, gather, gather_touched, is_first, on_any_rank, share, sum_gradients, sum_over_ranks, world_size
 from ..model.losses import contrastive_loss, stablemax_cross_entropy, trm_loss
+from ..search.search import search
 from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
 from ..basics.settings import Settings
 
