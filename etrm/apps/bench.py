@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from ..model.contexts import PuzzleEmbedding, search
+from ..model.contexts import PuzzleEmbedding
+from ..search.search import search
 from ..data.puzzles import Stream, eval_batches, puzzle_data
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder, EncoderConfig

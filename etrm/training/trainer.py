@@ -16,11 +16,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ..model.contexts import PuzzleEmbedding, search
+from ..model.contexts import PuzzleEmbedding
 from ..data.puzzles import Stream, labels_of
 from ..model.decoder import Carry, Decoder
 from ..basics.distributed import broadcast, gather, gather_touched, is_first, share, sum_gradients, sum_over_ranks, world_size
 from ..model.losses import contrastive_loss, stablemax_cross_entropy, trm_loss
+from ..search.search import search
 from .clock import Clock, counted, ended
 from .faults import Faults
 from .gradients import clip_gradients
