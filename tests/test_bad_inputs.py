@@ -30,7 +30,8 @@ from etrm.training.checkpoints import CheckpointError, finish_interrupted_save, 
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.model.contexts import PuzzleEmbedding
-from etrm.data.puzzles import puzzle_data, read_dataset, write_dataset
+from etrm.data.puzzles import puzzle_data
+from etrm.data.dataset import read_dataset, write_dataset
 from etrm.model.decoder import Decoder, DecoderConfig
 from etrm.evaluation.scores import score_submission
 from etrm.experiments.experiment import pretrain
@@ -161,8 +162,6 @@ def test_a_folder_that_nobody_may_write_to(parts):
 KILLED_AT = '''
 import os, signal, sys, torch
 from pathlib import Path
-from etrm.training import checkpoints
-from etrm.model.decoder import Decoder, DecoderConfig
 at, folder = sys.argv[1:]
 def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
 def second(*args): die() if Path(args[1]).name == 'good' else real(*args)

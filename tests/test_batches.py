@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import etrm.data.puzzles
-from etrm.data.puzzles import Stream, assemble, gather, puzzle_data
+import etrm.data.batches
+from etrm.data.puzzles import gather_pairs, puzzle_data
+from etrm.data.batches import Stream, assemble
 from etrm.tasks.task import Pair, Task
 
 SLICES = {'whole': slice(None), 'second half': slice(12, 24)}
@@ -131,9 +132,9 @@ def test_laid_out_on_a_device_as_by_hand(data, options, monkeypatch):
     stream = make_stream(DATA[data](), OPTIONS[options])
     drawn = stream.draw(11)
     queries = drawn.pairs[:, 0] if stream.extents else None
-    by_hand = assemble(stream.data, drawn.puzzles, *gather(stream.data, drawn.pairs, drawn.puzzles, drawn.offsets), drawn.mask, queries)
+    by_hand = assemble(stream.data, drawn.puzzles, *gather_pairs(stream.data, drawn.pairs, drawn.puzzles, drawn.offsets), drawn.mask, queries)
     for at_once in (1, 2**30):
-        monkeypatch.setattr(etrm.data.puzzles, 'AT_ONCE', at_once)
+        monkeypatch.setattr(etrm.data.batches, 'AT_ONCE', at_once)
         found = stream.tensors(11)
         assert sorted(found) == sorted(by_hand)
         for name, values in by_hand.items(): assert np.array_equal(found[name].numpy(), values), name
@@ -149,5 +150,5 @@ def test_tokens_of_a_dataset_that_was_translated_stay_as_they_are():
     assert np.array_equal(stream.batch(0)['inputs'], moved[drawn.pairs[:, 0]])
     stream = Stream(data, 8, num_demos=2, translate=True)
     drawn = stream.draw(0)
-    by_hand = gather(data, drawn.pairs, drawn.puzzles, drawn.offsets)[0][:, 0]
+    by_hand = gather_pairs(data, drawn.pairs, drawn.puzzles, drawn.offsets)[0][:, 0]
     assert np.array_equal(stream.batch(0)['inputs'], by_hand)

@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from etrm.apps.bench import format_rows, measure, random_tasks, training_step
+from etrm.data.batches import Stream
+from etrm.data.puzzles import puzzle_data
 from etrm.model.contexts import PuzzleEmbedding, noise
 from etrm.search.search import SEARCH_RULES, search
-from etrm.data.puzzles import Stream, puzzle_data
 from etrm.model.decoder import COMPILED, Decoder, DecoderConfig
 from etrm.basics.devices import device_of
 from etrm.model.losses import stablemax_cross_entropy

@@ -12,7 +12,8 @@ from etrm.training.checkpoints import CheckpointError, load_checkpoint
 from etrm.evaluation.checks import CheckError, check_answers, check_contexts, check_gradients
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
-from etrm.data.puzzles import Stream, puzzle_data
+from etrm.data.puzzles import puzzle_data
+from etrm.data.batches import Stream
 from etrm.model.encoders import DemoEncoder
 from etrm.experiments.experiment import new_encoder
 from etrm.data.splits import make_task_sets

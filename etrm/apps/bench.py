@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
+from ..data.batches import Stream, eval_batches
+from ..data.puzzles import puzzle_data
 from ..model.contexts import PuzzleEmbedding
 from ..search.search import search
-from ..data.puzzles import Stream, eval_batches, puzzle_data
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder, EncoderConfig
 from ..model.losses import stablemax_cross_entropy, trm_loss

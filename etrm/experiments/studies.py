@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..training.checkpoints import Checkpoint, decoder_config, load_checkpoint, read_config, read_plain_yaml
 from .configurations import ExperimentConfig, beside, load_config
-from ..model.contexts import mean, shuffled
-from ..data.puzzles import Stream, puzzle_data
+from ..model.contexts import mean, shuffled, PuzzleEmbedding
+from ..data.puzzles import puzzle_data
+from ..data.batches import Stream
 from ..model.decoder import Decoder
-from ..model.contexts import PuzzleEmbedding
 from ..evaluation.scores import clopper_pearson, mean_difference
 from .experiment import Queries, check_sets, contexts_of, digest, known_puzzles, measured_row, measures, new_encoder, new_to, save_last, through, train_encoder
 from ..basics.files import new_file

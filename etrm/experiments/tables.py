@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from ..training.checkpoints import Checkpoint, CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors, row_names
 from .configurations import ExperimentConfig, load_config
 from ..model.contexts import PuzzleEmbedding
-from ..data.puzzles import PuzzleData, puzzle_data, read_dataset, read_identifiers
+from ..data.puzzles import PuzzleData, puzzle_data
+from ..data.dataset import read_dataset, read_identifiers
 from ..model.decoder import Decoder
 from ..evaluation.verdict import onehot_rules, rule_share
 from .experiment import Queries, answer, check_names, contexts_of, copy_answers, saved_config, score

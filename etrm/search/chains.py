@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from ..training.checkpoints import Checkpoint
 from ..experiments.configurations import ExperimentConfig
+from ..data.batches import labels_of
+from ..data.puzzles import puzzle_data
 from ..model.contexts import PuzzleEmbedding
-from ..data.puzzles import labels_of, puzzle_data
 from ..model.decoder import Decoder, last_step
 from ..basics.devices import where_is
 from ..model.encoders import DemoEncoder

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 
 from ..training.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from ..data.batches import labels_of
+from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.contexts import PuzzleEmbedding, shuffled
 from .search import demo_extents, search
-from ..data.puzzles import PuzzleData, labels_of, puzzle_data
 from ..model.decoder import Decoder, last_step
 from ..basics.devices import where_is
 from ..evaluation.scores import pass_at_k, submission

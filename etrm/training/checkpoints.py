@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..model.contexts import PuzzleEmbedding
-from ..data.puzzles import read_identifiers
+from ..data.dataset import read_identifiers
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder, EncoderConfig
 from ..basics.files import file_size, note, read_file

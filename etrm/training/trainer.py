@@ -17,7 +17,6 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..model.contexts import PuzzleEmbedding
-from ..data.puzzles import Stream, labels_of
 from ..model.decoder import Carry, Decoder
 from ..basics.distributed import broadcast, gather, gather_touched, is_first, share, sum_gradients, sum_over_ranks, world_size
 from ..model.losses import contrastive_loss, stablemax_cross_entropy, trm_loss
@@ -29,6 +28,7 @@ from .optim import EMA, AdamATan2, OptimConfig, TableSGD, lr_scale
 from .pace import Pace, paced
 from .statistics import averages, context_statistics
 from ..basics.settings import Settings
+from ..data.batches import Stream, labels_of
 
 # %% ../../nbs/api/4_training/11_trainer.ipynb #4d8ff741
 def to_tensors(
