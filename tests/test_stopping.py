@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
-from etrm.training import checkpoints
-from etrm.training import trainer as training
+from etrm.training import checkpoints, pace, stopping
 from etrm.training.checkpoints import load_checkpoint, load_training_state, read_tensors
 from etrm.experiments.configurations import load_config
 from etrm.basics.distributed import processes
@@ -20,7 +19,7 @@ from etrm.experiments.experiment import pretrain, train_encoder
 from etrm.experiments.runs import open_run, settings_of
 from etrm.data.splits import make_task_sets
 from etrm.training.records import read_record
-from etrm.training.trainer import Stopped
+from etrm.training.stopping import Stopped
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
 FORKS.set_forkserver_preload(['etrm.experiments.experiment'])
@@ -49,7 +48,7 @@ LOGGED = dict(table='train/lr', regression='regression/error', encoder='train/lr
 
 def endless(loop: str, folder: Path, table: Path, rank: int = 0, port: int = 0, n: int = 1):
     "A training that only a signal ends; it notes how."
-    for s in training.STOPS: signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)  # tests under nohup, or in the background, ignore some
+    for s in stopping.STOPS: signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL)  # tests under nohup, or in the background, ignore some
     if n > 1: os.environ |= dict(WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     with processes():
         try: LOOPS[loop](folder, table)
@@ -132,7 +131,7 @@ def fails(times: list[int], monkeypatch):
         if len(calls) - 1 in times: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args)
     monkeypatch.setattr(checkpoints, 'write_files', write)
-    monkeypatch.setattr(training, 'WAITS', (0, 0))
+    monkeypatch.setattr(pace, 'WAITS', (0, 0))
     return calls
 
 
@@ -164,7 +163,7 @@ def test_no_room_for_the_first_save_is_an_error_at_once(tmp_path, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize('number', training.STOPS)
+@pytest.mark.parametrize('number', stopping.STOPS)
 def test_a_signal_in_the_last_save_waits_for_it(number, tmp_path, monkeypatch):
     calls, real = [], checkpoints.write_files
     def write(*args):
@@ -172,9 +171,9 @@ def test_a_signal_in_the_last_save_waits_for_it(number, tmp_path, monkeypatch):
         if len(calls) == 2: signal.raise_signal(number)
         return real(*args)
     monkeypatch.setattr(checkpoints, 'write_files', write)
-    before = {s: signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL) for s in training.STOPS}
+    before = {s: signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL) for s in stopping.STOPS}
     try:
-        with pytest.raises(KeyboardInterrupt), training.stops_interrupt(): table_of(tmp_path, 'pretrain.steps=3')
+        with pytest.raises(KeyboardInterrupt), stopping.stops_interrupt(): table_of(tmp_path, 'pretrain.steps=3')
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
     assert not (tmp_path / 'checkpoint' / 'training_state.pt').exists() and read_tensors(tmp_path / 'checkpoint')['table']

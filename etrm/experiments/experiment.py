@@ -52,10 +52,14 @@ from etrm.training.checkpoints import (
 )
 from ..training.optim import AdamATan2, lr_scale
 from ..training.records import new_run_folder
-from etrm.training.trainer import (
-    Clock, context_of, context_statistics, counted, ended, Faults, finishing, grad_norm, insisting,
-    paced, random_state, set_random_state, Stopped, Trainer,
-)
+from ..data.batches import Stream, eval_batches
+from ..training.clock import Clock, counted, ended
+from ..training.faults import Faults
+from ..training.gradients import grad_norm
+from ..training.pace import insisting, paced
+from ..training.statistics import context_statistics
+from ..training.stopping import finishing, Stopped
+from ..training.trainer import context_of, random_state, set_random_state, Trainer
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #d6be2d6b
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
