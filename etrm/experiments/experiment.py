@@ -32,7 +32,7 @@ from ..data.batches import Stream, eval_batches
 from ..data.novelty import bits_by_task, new_under_all, of_new_views
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..data.queries import Queries
-from ..data.splits import make_task_sets, newness, validation_tasks
+from .task_sets import make_task_sets, newness, validation_tasks
 from ..evaluation.answers import answer, contexts_of, copy_answers, exact_hits, measures
 from ..evaluation.plots import plot_contexts, plot_curves, plot_gallery, plot_results
 from ..evaluation.scores import pass_at_k

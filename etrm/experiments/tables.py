@@ -25,7 +25,7 @@ from .experiment import check_names, saved_config, score
 from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, copy_answers
 from .runs import differences
-from ..data.splits import make_task_sets
+from .task_sets import make_task_sets
 from ..tasks.grids import Augmentation
 from ..tasks.patterns import onehot_programs, pattern_tasks
 from ..tasks.rules import sample_rules
