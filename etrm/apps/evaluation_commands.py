@@ -19,7 +19,7 @@ import typer
 from .commands import WHICH_TASKS, AsJson, Commands, DecoderPath, Device, LAB_DECODER, announced, number_of
 from ..basics.distributed import is_first
 from ..basics.files import new_file
-from ..data.splits import make_task_sets
+from ..experiments.task_sets import make_task_sets
 from ..evaluation.submissions import score_submission, submission as submission_of
 from ..evaluation.votes import Votes
 from ..experiments import experiment, tables

@@ -18,7 +18,7 @@ from .inspection import what_is
 from ..basics.files import new_folder, plain
 from ..data.dataset import write_dataset
 from ..data.puzzles import PuzzleData, puzzle_data
-from ..data.splits import make_task_sets
+from ..experiments.task_sets import make_task_sets
 from ..evaluation.checks import CheckError, check_answers, config_differences
 from ..experiments.configurations import ExperimentConfig, load_config
 from ..experiments.tables import views_of

@@ -25,7 +25,7 @@ from .commands import TasksPlace, announced, config_through, names_of, sizes_of
 from ..basics.files import markdown_table, new_file, new_folder
 from ..data.novelty import bits_of_inputs
 from ..data.puzzles import puzzle_data
-from ..data.splits import make_task_sets, validation_tasks
+from ..experiments.task_sets import make_task_sets, validation_tasks
 from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_search, png
 from ..evaluation.submissions import no_answers

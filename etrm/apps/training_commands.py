@@ -19,7 +19,7 @@ from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DEC
 from .commands import RunsFolder, WithWandb, announced, config_through, names_of, number_of
 from ..basics.distributed import from_first, is_first
 from ..basics.files import markdown_table, new_file
-from ..data.splits import make_task_sets
+from ..experiments.task_sets import make_task_sets
 from ..evaluation.intervals import Rate
 from ..experiments import experiment, studies
 from ..experiments.configurations import load_config

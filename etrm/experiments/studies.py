@@ -36,7 +36,7 @@ from .runs import Run, check_place, check_settings, open_run, settings_of
 from ..search.curves import search_curves
 from ..basics.settings import Settings
 from ..data.novelty import bits_of_inputs
-from ..data.splits import make_task_sets
+from .task_sets import make_task_sets
 from ..training.trainer import Trainer
 
 # %% ../../nbs/api/7_experiments/05_studies.ipynb #75e8ae54
