@@ -29,7 +29,8 @@ from ..basics.devices import where_is
 from ..basics.distributed import from_first, is_first, share, sum_gradients, sum_over_ranks, world_size
 from ..basics.files import markdown_table, new_file
 from ..data.batches import Stream
-from ..data.novelty import bits_by_task, new_under_all, of_new_views
+from ..data.novelty import bits_by_task, new_under_all
+from ..evaluation.votes import of_new_views, Predictions, vote, Votes
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..data.queries import Queries
 from .task_sets import make_task_sets, newness, validation_tasks
@@ -39,7 +40,6 @@ from ..evaluation.plots import plot_contexts, plot_curves, plot_gallery, plot_re
 from ..evaluation.scores import pass_at_k
 from ..evaluation.submissions import submission
 from ..evaluation.verdict import scenario, Verdict
-from ..evaluation.votes import Predictions, vote, Votes
 from .configurations import ExperimentConfig, explain
 from .runs import differences, filled, open_run, resumed, Run, settings_of
 from ..model.contexts import CONTROLS, PuzzleEmbedding

@@ -35,9 +35,9 @@ from ..tasks.task import digest, Task
 from ..basics.files import markdown_table
 from ..tasks.grids import Augmentation
 from ..model.losses import stablemax_cross_entropy
-from ..data.novelty import bits_of_inputs, of_new_views
+from ..data.novelty import bits_of_inputs
+from ..evaluation.votes import of_new_views, Predictions, of_best_views, vote
 from ..experiments.task_sets import make_task_sets, newness
-from ..evaluation.votes import Predictions, of_best_views, vote
 
 # %% ../../nbs/api/6_search/02_curves.ipynb #e96f647f
 @torch.no_grad()
