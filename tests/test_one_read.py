@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from etrm.training import checkpoints
-from etrm.data import puzzles as data
+from etrm.data import batches as data
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.experiments.experiment import pretrain, run

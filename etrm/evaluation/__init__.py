@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/5_evaluation/00_index.ipynb #b56b49d2
-MODULES = ('votes', 'scores', 'checks', 'verdict', 'plots')  # in reading order
+# %% ../../nbs/api/5_evaluation/00_index.ipynb #a840b73e
+MODULES = ('votes', 'scores', 'answers', 'checks', 'verdict', 'plots')  # in reading order

@@ -27,14 +27,16 @@ from ..data.puzzles import puzzle_data
 from ..data.batches import Stream
 from ..model.decoder import Decoder
 from ..evaluation.scores import clopper_pearson, mean_difference
-from .experiment import Queries, check_sets, contexts_of, digest, known_puzzles, measured_row, measures, new_encoder, new_to, save_last, through, train_encoder
+from .experiment import check_sets, known_puzzles, new_encoder, new_to, save_last, through, train_encoder
+from ..data.queries import Queries
+from ..evaluation.answers import contexts_of, measured_row, measures
+from ..tasks.task import digest, read_json
 from ..basics.files import new_file
 from .runs import Run, check_place, check_settings, open_run, settings_of
 from ..search.curves import search_curves
 from ..basics.settings import Settings
 from ..data.novelty import bits_of_inputs
 from ..data.splits import make_task_sets
-from ..tasks.task import read_json
 from ..training.trainer import Trainer
 
 # %% ../../nbs/api/7_experiments/05_studies.ipynb #75e8ae54

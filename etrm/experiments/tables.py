@@ -21,7 +21,9 @@ from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.dataset import read_dataset, read_identifiers
 from ..model.decoder import Decoder
 from ..evaluation.verdict import onehot_rules, rule_share
-from .experiment import Queries, answer, check_names, contexts_of, copy_answers, saved_config, score
+from .experiment import check_names, saved_config, score
+from ..data.queries import Queries
+from ..evaluation.answers import answer, contexts_of, copy_answers
 from .runs import differences
 from ..data.splits import make_task_sets
 from ..tasks.grids import Augmentation

