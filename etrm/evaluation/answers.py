@@ -20,7 +20,7 @@ from .scores import rate
 from .votes import Predictions
 from ..model.decoder import Decoder, last_step
 from ..model.losses import trm_loss
-from ..training.trainer import context_of
+from ..model.contexts import context_of
 
 # %% ../../nbs/api/5_evaluation/03_answers.ipynb #c00ef729
 def merged_on(

@@ -59,7 +59,9 @@ from ..training.gradients import grad_norm
 from ..training.pace import insisting, paced
 from ..training.statistics import context_statistics
 from ..training.stopping import finishing, Stopped
-from ..training.trainer import context_of, random_state, set_random_state, Trainer
+from ..model.contexts import context_of
+from ..training.loop import random_state, set_random_state
+from ..training.trainer import Trainer
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #d6be2d6b
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
