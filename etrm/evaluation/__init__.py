@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/5_evaluation/00_index.ipynb #a840b73e
-MODULES = ('votes', 'scores', 'answers', 'checks', 'verdict', 'plots')  # in reading order
+# %% ../../nbs/api/5_evaluation/00_index.ipynb #7f9dc2f8
+MODULES = ('votes', 'intervals', 'scores', 'submissions', 'answers', 'checks', 'verdict', 'plots')  # in reading order

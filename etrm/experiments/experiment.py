@@ -28,14 +28,16 @@ from torch import nn, Tensor
 from ..basics.devices import where_is
 from ..basics.distributed import from_first, is_first, share, sum_gradients, sum_over_ranks, world_size
 from ..basics.files import markdown_table, new_file, note
-from ..data.batches import Stream
+from ..data.batches import Stream, eval_batches
 from ..data.novelty import bits_by_task, new_under_all, of_new_views
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..data.queries import Queries
 from ..data.splits import make_task_sets, newness, validation_tasks
 from ..evaluation.answers import answer, contexts_of, copy_answers, exact_hits, measures
 from ..evaluation.plots import plot_contexts, plot_curves, plot_gallery, plot_results
-from ..evaluation.scores import pass_at_k, rate, submission
+from ..evaluation.scores import pass_at_k
+from ..evaluation.intervals import Rate
+from ..evaluation.submissions import submission
 from ..evaluation.verdict import scenario, Verdict
 from ..evaluation.votes import Predictions, vote, Votes
 from .configurations import ExperimentConfig, explain
@@ -52,7 +54,6 @@ from etrm.training.checkpoints import (
 )
 from ..training.optim import AdamATan2, lr_scale
 from ..training.records import new_run_folder
-from ..data.batches import Stream, eval_batches
 from ..training.clock import Clock, counted, ended
 from ..training.faults import Faults
 from ..training.gradients import grad_norm
@@ -190,7 +191,7 @@ def score(
     votes = vote(predictions, tasks)
     scores = pass_at_k(votes, tasks)
     solved = {t.name: all(inputs) for t, inputs in zip(tasks, scores.first)}
-    row = dict(set=name, method=method, **rate(solved.values()), pass_at_k=scores.as_dict(), tasks=solved)
+    row = dict(set=name, method=method, **Rate.of(solved.values()).as_dict(), pass_at_k=scores.as_dict(), tasks=solved)
     if new is None: return row, votes
     bits = bits_by_task(new)
     some = [t for t in tasks if '1' in bits[t.name]]
@@ -256,7 +257,7 @@ def format_results(
     "The results as one table: a row a method, a column a set."
     sets, methods = list(dict.fromkeys(r['set'] for r in rows)), list(dict.fromkeys(r['method'] for r in rows))
     text = lambda r: f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" if r['n'] else 'none'
-    counted = lambda r: r if among == 'all views' else rate(solved_among(r, among).values())
+    counted = lambda r: r if among == 'all views' else Rate.of(solved_among(r, among).values()).as_dict()
     cell = {(r['set'], r['method']): text(counted(r)) for r in rows}
     missing = [f"{r['method']}, {r['set']}: {n} of {r['pass_at_k']['ARC/n_inputs']} test inputs have no prediction and count as unsolved." for r in rows if (n := r['pass_at_k']['ARC/n_inputs_missing'])]
     return '\n'.join([markdown_table(['context', *sets], [[m, *(cell.get((s, m), '') for s in sets)] for m in methods]), *([''] if missing else []), *missing])
@@ -579,7 +580,7 @@ def say_verdicts(verdicts: dict[str, Verdict]) -> str:
 def closing(config: ExperimentConfig, rows: list[dict], verdicts: dict[str, Verdict], folder: Path) -> str:
     "What was asked, the table, the verdict, where the figures are, what to try next: one screen."
     c, decides = config.train, config.evaluation.decides
-    again = [r | rate(solved_among(r, 'new tasks').values()) | dict(set=f'{decides}, new') for r in rows if r['set'] == decides and 'new tasks' in verdicts]
+    again = [r | Rate.of(solved_among(r, 'new tasks').values()).as_dict() | dict(set=f'{decides}, new') for r in rows if r['set'] == decides and 'new tasks' in verdicts]
     return f"""Does the encoder steer the {'frozen' if c.freeze_decoder else 'trained'} decoder to tasks that neither has seen? ({f'{c.minutes:g} minutes' if c.minutes else f'{c.steps} updates'} of {c.global_batch_size}, seed {c.seed})
 Tasks solved at the first answer, {config.evaluation.num_aug + 1} views voting (95% interval); '{decides}, new' are those without a training rule among their views:
 

@@ -26,7 +26,7 @@ from ..model.contexts import mean, shuffled, PuzzleEmbedding
 from ..data.puzzles import puzzle_data
 from ..data.batches import Stream
 from ..model.decoder import Decoder
-from ..evaluation.scores import clopper_pearson, mean_difference
+from ..evaluation.intervals import clopper_pearson, mean_difference
 from .experiment import check_sets, known_puzzles, new_encoder, new_to, save_last, through, train_encoder
 from ..data.queries import Queries
 from ..evaluation.answers import contexts_of, measured_row, measures

@@ -25,7 +25,9 @@ from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder, last_step
 from ..basics.devices import where_is
 from ..model.encoders import DemoEncoder
-from ..evaluation.scores import pass_at_k, submission, rate
+from ..evaluation.scores import pass_at_k
+from ..evaluation.intervals import Rate
+from ..evaluation.submissions import submission
 from ..experiments.experiment import load_encoder, table_for
 from ..data.queries import Queries
 from ..tasks.grids import COLOUR_OFFSET, EOS, PAD, token_sizes
@@ -213,7 +215,7 @@ def chain_rows(
     for i, steps in enumerate((0, sum(n for _, n in stages))):
         scores = pass_at_k(vote(concatenate(found[i]), tasks), tasks, (1, 2))
         exact = [int(hit) for of_task in scores.first for hit in of_task]
-        rows.append(about | dict(steps=steps, **rate(exact), exact=exact, solved_2=scores[2].inputs_solved, demonstrations=right[i]) | (dict(seconds=round(seconds, 1)) if i else {}))
+        rows.append(about | dict(steps=steps, **Rate.of(exact).as_dict(), exact=exact, solved_2=scores[2].inputs_solved, demonstrations=right[i]) | (dict(seconds=round(seconds, 1)) if i else {}))
     return rows
 
 # %% ../../nbs/api/6_search/03_chains.ipynb #984b6cdb

@@ -25,7 +25,9 @@ from ..model.contexts import PuzzleEmbedding, shuffled
 from .search import demo_extents, search
 from ..model.decoder import Decoder, last_step
 from ..basics.devices import where_is
-from ..evaluation.scores import pass_at_k, submission, rate
+from ..evaluation.scores import pass_at_k
+from ..evaluation.intervals import Rate
+from ..evaluation.submissions import submission
 from ..experiments.experiment import check_names, load_encoder
 from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, measured_row, measures
@@ -274,7 +276,7 @@ def side_by_side(
         found[name] = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, marks, ('encoder',), rule=config.train.search_rule, new=new)
         if views == 1: continue
         voted = search_curves(decoder, encoder, None, sets, config.num_demos, 0, marks=(0,), starts=('encoder',), num_aug=views - 1, new=new)
-        found[f'{name}, best of {views} views'] = [r | rate(r['best_voted']) for r in voted]
+        found[f'{name}, best of {views} views'] = [r | Rate.of(r['best_voted']).as_dict() for r in voted]
     return found
 
 
