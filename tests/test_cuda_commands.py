@@ -11,7 +11,7 @@ from etrm.basics.devices import where_is
 from etrm.experiments.experiment import load_encoder
 from etrm.evaluation.answers import contexts_of, measures
 from etrm.apps.explorer import explore, set_contexts
-from etrm.data.splits import make_task_sets
+from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import load_tasks
 from test_one_read import CHANGES, COMMANDS, made  # noqa: F401, a fixture
 

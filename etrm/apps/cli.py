@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from . import bench as benchmark
 from ..search import chains, curves as searching
 from ..experiments import experiment, studies, tables
-from ..data import splits as task_sets
+from ..experiments import task_sets
 from ..evaluation.checks import CheckError, check_answers, config_differences
 from ..training.checkpoints import Checkpoint, CheckpointError, compare_decoders, decoder_config, describe, holds_weights, load_checkpoint, read_config, save_checkpoint
 from ..experiments.configurations import ExperimentConfig, load_config

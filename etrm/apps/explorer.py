@@ -25,7 +25,8 @@ from ..model.contexts import CONTROLS, PuzzleEmbedding
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.decoder import Decoder
 from ..basics.devices import where_is
-from ..experiments.experiment import check_names, own_views
+from ..experiments.experiment import own_views
+from ..training.checkpoints import check_names
 from ..evaluation.answers import answer, contexts_of
 from ..tasks.grids import draw_grid, tokens_to_grid
 from ..evaluation.plots import literal

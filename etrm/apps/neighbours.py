@@ -24,7 +24,7 @@ from ..data.batches import Stream
 from ..model.decoder import Decoder
 from ..experiments.experiment import new_table
 from ..basics.files import markdown_table
-from ..data.splits import make_task_sets
+from ..experiments.task_sets import make_task_sets
 from ..basics.threads import USERS_OWN
 from ..training.trainer import Trainer
 

@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/2_data/00_index.ipynb #5e78e6d8
-MODULES = ('puzzles', 'batches', 'dataset', 'queries', 'novelty', 'splits')  # in reading order
+# %% ../../nbs/api/2_data/00_index.ipynb #3534e79d
+MODULES = ('puzzles', 'batches', 'dataset', 'queries', 'novelty')  # in reading order

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['AMONG', 'NO_ROWS', 'new_table', 'pretrain', 'save_first', 'save_last', 'found_at', 'read_back', 'resume_or_start',
-           'check_names', 'own_views', 'score', 'solved_among', 'evaluate', 'format_results', 'opening_updates',
-           'train_encoder', 'new_encoder', 'extras_of', 'searching', 'Regression', 'weighted', 'regress',
-           'near_embeddings', 'EmbeddingLosses', 'check_decoder', 'gallery_rows', 'run', 'is_trained', 'updates_made',
-           'known_puzzles', 'through', 'check_rows', 'check_ends', 'check_sets', 'rows_with_a_loss', 'verdict_of',
-           'verdicts_of', 'verdict_file', 'say_verdicts', 'closing', 'write_results', 'write_verdict', 'load_encoder',
-           'saved_config', 'explained', 'new_to', 'table_for', 'compare_contexts']
+           'own_views', 'score', 'solved_among', 'evaluate', 'format_results', 'opening_updates', 'train_encoder',
+           'new_encoder', 'extras_of', 'searching', 'Regression', 'weighted', 'regress', 'near_embeddings',
+           'EmbeddingLosses', 'check_decoder', 'gallery_rows', 'run', 'is_trained', 'updates_made', 'known_puzzles',
+           'through', 'check_rows', 'check_ends', 'check_sets', 'rows_with_a_loss', 'verdict_of', 'verdicts_of',
+           'verdict_file', 'say_verdicts', 'closing', 'write_results', 'write_verdict', 'load_encoder', 'saved_config',
+           'explained', 'new_to', 'table_for', 'compare_contexts']
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #dbe09ead
 import copy
@@ -26,12 +26,11 @@ from torch import nn, Tensor
 
 from ..basics.devices import where_is
 from ..basics.distributed import from_first, is_first, sum_over_ranks, world_size
-from ..basics.files import markdown_table, new_file, note
+from ..basics.files import markdown_table, new_file
 from ..data.batches import labels_of, Stream
 from ..data.novelty import bits_by_task, new_under_all, of_new_views
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..data.queries import Queries
-from ..data.splits import make_task_sets, newness, validation_tasks
 from ..evaluation.answers import answer, contexts_of, copy_answers, exact_hits, measures
 from ..evaluation.plots import plot_contexts, plot_curves, plot_gallery, plot_results
 from ..evaluation.scores import pass_at_k
@@ -49,7 +48,7 @@ from ..tasks.task import Task
 from etrm.training.checkpoints import (
     Checkpoint, CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint,
     load_strictly, load_training_state, read_config, read_tensors, remove, row_names,
-    save_checkpoint,
+    save_checkpoint, check_names,
 )
 from ..training.optim import AdamATan2
 from ..training.records import new_run_folder
@@ -63,6 +62,7 @@ from ..training.extras import Batch, contrast, Extras
 from ..training.loop import Loop
 from ..model.losses import stablemax_cross_entropy
 from ..search.search import search
+from .task_sets import make_task_sets, newness, validation_tasks
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #d6be2d6b
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
@@ -155,20 +155,6 @@ def resume_or_start(trainer: Trainer, checkpoint: Path, parts: dict[str, nn.Modu
         save_first(checkpoint, parts, config, trainer.state_dict() | dict(record_rows=len(record.rows)))
         return checkpoint
     return save
-
-
-def check_names(
-    names: tuple[str, ...] | None,  # of a table's rows, the blank one first; None where they are not known
-    data: PuzzleData,  # the puzzles that are asked, with the rows they are asked under
-    whose: str | Path,  # the table, for the error
-):
-    "Raise a CheckpointError where a puzzle's row was trained for another; where nobody knows, that is said."
-    if names is None: return note('the table does not name its rows (it is an official or an older one): that they are of these puzzles, in this order, is taken for granted')
-    rows = data.identifiers.tolist()
-    wrong = [(row, name) for row, name in zip(rows, data.names) if row >= len(names) or names[row] != name]
-    if not wrong: return
-    row, name = wrong[0]
-    raise CheckpointError(f'{whose}: {len(wrong):,} of {len(rows):,} puzzles have a row that is not theirs: row {row} is asked for {name!r} and was trained for {names[row] if row < len(names) else "nothing"!r}. It is the table of other puzzles, or of another order of them')
 
 
 def own_views(tasks: list[Task], known: PuzzleData, canvas: int) -> PuzzleData:

@@ -20,14 +20,18 @@ import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..training.checkpoints import Checkpoint, decoder_config, load_checkpoint, read_config, read_plain_yaml
+from etrm.training.checkpoints import (
+    Checkpoint, decoder_config, load_checkpoint, read_config, read_plain_yaml,
+)
 from .configurations import ExperimentConfig, beside, load_config
 from ..model.contexts import mean, shuffled, PuzzleEmbedding
 from ..data.puzzles import puzzle_data
 from ..data.batches import Stream
 from ..model.decoder import Decoder
 from ..evaluation.intervals import clopper_pearson, mean_difference
-from .experiment import check_sets, extras_of, known_puzzles, new_encoder, new_to, save_last, through, train_encoder
+from etrm.experiments.experiment import (
+    check_sets, extras_of, known_puzzles, new_encoder, new_to, save_last, through, train_encoder,
+)
 from ..data.queries import Queries
 from ..evaluation.answers import contexts_of, measured_row, measures
 from ..tasks.task import digest, read_json
@@ -36,8 +40,8 @@ from .runs import Run, check_place, check_settings, open_run, settings_of
 from ..search.curves import search_curves
 from ..basics.settings import Settings
 from ..data.novelty import bits_of_inputs
-from ..data.splits import make_task_sets
 from ..training.trainer import Trainer
+from .task_sets import make_task_sets
 
 # %% ../../nbs/api/7_experiments/05_studies.ipynb #75e8ae54
 FOLDER_NAME = r'^[A-Za-z0-9_+-][A-Za-z0-9_.+ -]*$'  # of studies and variants: each has a folder

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from ..training.checkpoints import Checkpoint, CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors, row_names
+from ..training.checkpoints import Checkpoint, CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors, row_names, check_names
 from .configurations import ExperimentConfig, load_config
 from ..model.contexts import PuzzleEmbedding
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.dataset import read_dataset, read_identifiers
 from ..model.decoder import Decoder
 from ..evaluation.verdict import onehot_rules, rule_share
-from .experiment import check_names, saved_config, score
+from .experiment import saved_config, score
 from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, copy_answers
 from .runs import differences
-from ..data.splits import make_task_sets
+from .task_sets import make_task_sets
 from ..tasks.grids import Augmentation
 from ..tasks.patterns import onehot_programs, pattern_tasks
 from ..tasks.rules import sample_rules

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 
-from ..training.checkpoints import Checkpoint, CheckpointError, load_checkpoint
+from ..training.checkpoints import Checkpoint, CheckpointError, load_checkpoint, check_names
 from ..data.batches import labels_of
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.contexts import PuzzleEmbedding, shuffled
@@ -28,7 +28,7 @@ from ..basics.devices import where_is
 from ..evaluation.scores import pass_at_k
 from ..evaluation.intervals import Rate
 from ..evaluation.submissions import submission
-from ..experiments.experiment import check_names, load_encoder
+from ..experiments.experiment import load_encoder
 from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, measured_row, measures
 from ..tasks.task import digest, Task
@@ -36,7 +36,7 @@ from ..basics.files import markdown_table
 from ..tasks.grids import Augmentation
 from ..model.losses import stablemax_cross_entropy
 from ..data.novelty import bits_of_inputs, of_new_views
-from ..data.splits import make_task_sets, newness
+from ..experiments.task_sets import make_task_sets, newness
 from ..evaluation.votes import Predictions, of_best_views, vote
 
 # %% ../../nbs/api/6_search/02_curves.ipynb #e96f647f

@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/1_tasks/00_index.ipynb #e4e698b2
-MODULES = ('grids', 'task', 'families', 'rules', 'patterns')  # in reading order
+# %% ../../nbs/api/1_tasks/00_index.ipynb #2574d4a8
+MODULES = ('grids', 'task', 'families', 'rules', 'patterns', 'splits')  # in reading order

@@ -9,8 +9,8 @@ __all__ = ['MAX_CONFIG_BYTES', 'NUMBERS', 'ONLY', 'OFFICIAL_KEYS', 'CheckpointEr
            'is_unfinished', 'fitting_sizes', 'build', 'weights_file', 'official_files', 'holds_weights', 'read_tensors',
            'by_part', 'official_names', 'official_part', 'read_safetensors', 'read_pickle', 'read_torch', 'read_config',
            'config_file', 'decoder_config', 'check_sizes', 'check_rows', 'table_from', 'row_names', 'save_checkpoint',
-           'remove', 'write_files', 'finish_interrupted_save', 'load_training_state', 'compare_decoders', 'describe',
-           'format_of']
+           'remove', 'write_files', 'finish_interrupted_save', 'load_training_state', 'check_names', 'compare_decoders',
+           'describe', 'format_of']
 
 # %% ../../nbs/api/4_training/03_checkpoints.ipynb #a0d43e3d
 import hashlib
@@ -30,11 +30,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..model.contexts import PuzzleEmbedding
+from ..basics.files import file_size, note, read_file
 from ..data.dataset import read_identifiers
+from ..data.puzzles import PuzzleData
+from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder, EncoderConfig
-from ..basics.files import file_size, note, read_file
 from ..model.layers import swiglu_width
 
 # %% ../../nbs/api/4_training/03_checkpoints.ipynb #e5117d2b
@@ -498,6 +499,22 @@ def load_training_state(path: str | Path) -> dict:
     found = read_torch(file)
     if not isinstance(found, dict): raise CheckpointError(f'{file} is not a training state')
     return found
+
+# %% ../../nbs/api/4_training/03_checkpoints.ipynb #5390e71f
+def check_names(
+    names: tuple[str, ...] | None,  # of a table's rows, the blank one first; None where they are not known
+    data: PuzzleData,  # the puzzles that are asked, with the rows they are asked under
+    whose: str | Path,  # the table, for the error
+):
+    "Raise a CheckpointError where a puzzle's row was trained for another; where nobody knows, that is said."
+    if names is None:
+        return note('the table does not name its rows (it is an official or an older one): that they are of these puzzles, in this order, is taken for granted')
+    rows = data.identifiers.tolist()
+    wrong = [(row, name) for row, name in zip(rows, data.names) if row >= len(names) or names[row] != name]
+    if not wrong: return
+    row, name = wrong[0]
+    trained_for = names[row] if row < len(names) else 'nothing'
+    raise CheckpointError(f'{whose}: {len(wrong):,} of {len(rows):,} puzzles have a row that is not theirs: row {row} is asked for {name!r} and was trained for {trained_for!r}. It is the table of other puzzles, or of another order of them')
 
 # %% ../../nbs/api/4_training/03_checkpoints.ipynb #1b1dd572
 def compare_decoders(
