@@ -120,7 +120,7 @@ def known_names(names) -> dict[str, tuple[str, str]]:
         cells = NBProcessor(NBS / name).nb.cells
         module = next((d['default_exp'][0] for d in map(directives, cells) if 'default_exp' in d), None)
         for cell in cells:
-            if 'export' not in directives(cell) or module == 'apps.cli': continue
+            if 'export' not in directives(cell) or str(module).endswith('_commands'): continue
             for symbol in reference.definitions(cell.source): found.setdefault(symbol, []).append((name.with_suffix('').as_posix(), f'etrm.{module}.{symbol}'))
     return {symbol: places[0] for symbol, places in found.items() if len(places) == 1}
 
