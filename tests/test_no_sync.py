@@ -11,7 +11,8 @@ from etrm.data.puzzles import puzzle_data
 from etrm.data.batches import Stream
 from etrm.model.decoder import Decoder, DecoderConfig
 from etrm.model.encoders import DemoEncoder, EncoderConfig
-from etrm.experiments.experiment import RowLosses
+from etrm.experiments.experiment import EmbeddingLosses, searching
+from etrm.training.extras import contrast, Extras
 from etrm.training.optim import OptimConfig
 from etrm.tasks.task import Pair, Task
 from etrm.training.trainer import TrainConfig, Trainer
@@ -23,9 +24,9 @@ SOURCES = {
     'table, frozen decoder': dict(freeze_decoder=True, optim=dict(puzzle_emb_rule='normalised', grad_clip=1.)),
     'encoder': dict(),
     'encoder, frozen decoder': dict(freeze_decoder=True, optim=dict(grad_clip=1., ema_rate=0.)),
-    'encoder near rows': dict(rows=1.),
-    'encoder with contrast': dict(contrast=1.),
-    'encoder that is searched': dict(search_steps=2, search_rule='normalised'),
+    'encoder near embeddings': dict(),
+    'encoder with contrast': dict(),
+    'encoder that is searched': dict(),
 }
 
 
@@ -49,10 +50,13 @@ def make_trainer(kind: str, device: str) -> Trainer:
     torch.manual_seed(0)
     c, table = TrainConfig(global_batch_size=16, steps=20, **SOURCES[kind]), PuzzleEmbedding(data.num_identifiers, 64, 2, 32, noise=.1, init_std=1.)
     source = table if 'table' in kind else DemoEncoder(EncoderConfig(canvas=4, hidden_size=32, num_heads=2, puzzle_emb_len=2, encoder_num_layers=1, variational='set'))
-    losses = RowLosses(table.contexts()).to(device).requires_grad_(False)
-    also = (lambda context, batch: sum(losses(context, batch['puzzle_identifiers'] - 1).values())) if c.rows else None
+    losses = EmbeddingLosses(table.contexts()).to(device).requires_grad_(False)
+    decoder, source = Decoder(SMALL).to(device), source.to(device)
+    extras = {'encoder near embeddings': lambda: Extras(context_losses=(lambda context, batch: sum(losses(context, batch['puzzle_identifiers'] - 1).values()),)),
+              'encoder with contrast': lambda: Extras(batch_losses=(contrast(source, 1.),)),
+              'encoder that is searched': lambda: Extras(refine=searching(decoder, 2, .05, 'normalised'))}
     stream = Stream(data, 16, num_demos=0 if 'table' in kind else 4, translate=True)
-    return Trainer(Decoder(SMALL).to(device), source.to(device), stream, c, also)
+    return Trainer(decoder, source, stream, c, extras.get(kind, Extras)())
 
 
 @pytest.mark.parametrize('kind', SOURCES)

@@ -18,7 +18,8 @@ from etrm.model.encoders import DemoEncoder
 from etrm.experiments.experiment import new_encoder
 from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import LeakageError, check_leakage
-from etrm.training.trainer import context_of, to_tensors
+from etrm.data.batches import to_tensors
+from etrm.model.contexts import context_of
 
 LAB = Path(__file__).resolve().parent.parent / 'checkpoints' / 'lab_decoder'
 NAME = 'L_level.layers.0.self_attn.qkv_proj.weight'

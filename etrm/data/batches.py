@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'to_labels', 'labels_of', 'extents', 'assemble', 'Draw', 'grid_sizes', 'framed', 'sources', 'Grids',
-           'Stream', 'smallest', 'eval_batches']
+           'Stream', 'smallest', 'eval_batches', 'to_tensors']
 
 # %% ../../nbs/api/2_data/02_batches.ipynb #f9425862
 from dataclasses import dataclass
@@ -276,3 +276,11 @@ def eval_batches(
             demos = demos[~data.is_test[demos]][:num_demos]
             pairs[row, 1:1 + len(demos)], mask[row, :len(demos)] = demos, True
         yield assemble(data, puzzles, *gather_pairs(data, pairs, puzzles), mask, query if extents else None)
+
+# %% ../../nbs/api/2_data/02_batches.ipynb #c40f9f08
+def to_tensors(
+    batch: dict[str, np.ndarray],
+    device: str | torch.device = 'cpu',
+) -> dict[str, Tensor]:  # integers as int64
+    "A batch as tensors."
+    return {k: torch.from_numpy(v.astype(np.int64) if v.dtype != bool else v).to(device) for k, v in batch.items()}

@@ -16,11 +16,11 @@ from ..basics.devices import where_is
 from ..basics.distributed import merged, mine, world_size
 from ..data.puzzles import PuzzleData
 from ..data.queries import Queries
-from .intervals import Rate
 from .votes import Predictions
 from ..model.decoder import Decoder, last_step
 from ..model.losses import trm_loss
-from ..training.trainer import context_of
+from ..model.contexts import context_of
+from .intervals import Rate
 
 # %% ../../nbs/api/5_evaluation/05_answers.ipynb #c00ef729
 def merged_on(

@@ -18,7 +18,7 @@ from ..tasks.grids import COLOUR_OFFSET
 from ..model.losses import trm_loss
 from ..training.gradients import clip_gradients
 from ..training.statistics import context_statistics
-from ..training.trainer import context_of
+from ..model.contexts import context_of
 
 # %% ../../nbs/api/5_evaluation/06_checks.ipynb #2a8b9f1c
 class CheckError(ValueError):

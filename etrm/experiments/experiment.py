@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['AMONG', 'NO_ROWS', 'new_table', 'pretrain', 'save_first', 'save_last', 'found_at', 'read_back', 'resume_or_start',
            'own_views', 'score', 'solved_among', 'evaluate', 'format_results', 'opening_updates', 'train_encoder',
-           'new_encoder', 'regress_on_rows', 'held_near_rows', 'resume_regression', 'RowLosses', 'check_decoder',
-           'gallery_rows', 'run', 'is_trained', 'updates_made', 'known_puzzles', 'through', 'check_rows', 'check_ends',
-           'check_sets', 'rows_with_a_loss', 'verdict_of', 'verdicts_of', 'verdict_file', 'say_verdicts', 'closing',
-           'write_results', 'write_verdict', 'load_encoder', 'saved_config', 'explained', 'new_to', 'table_for',
-           'compare_contexts']
+           'new_encoder', 'extras_of', 'searching', 'Regression', 'weighted', 'regress', 'near_embeddings',
+           'EmbeddingLosses', 'check_decoder', 'gallery_rows', 'run', 'is_trained', 'updates_made', 'known_puzzles',
+           'through', 'check_rows', 'check_ends', 'check_sets', 'rows_with_a_loss', 'verdict_of', 'verdicts_of',
+           'verdict_file', 'say_verdicts', 'closing', 'write_results', 'write_verdict', 'load_encoder', 'saved_config',
+           'explained', 'new_to', 'table_for', 'compare_contexts']
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #dbe09ead
 import copy
 import json
-import math
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterable
@@ -26,21 +25,20 @@ from pydantic import ValidationError
 from torch import nn, Tensor
 
 from ..basics.devices import where_is
-from ..basics.distributed import from_first, is_first, share, sum_gradients, sum_over_ranks, world_size
+from ..basics.distributed import from_first, is_first, sum_over_ranks, world_size
 from ..basics.files import markdown_table, new_file
-from ..data.batches import Stream
+from ..data.batches import Stream, labels_of
 from ..data.novelty import bits_by_task, new_under_all
 from ..evaluation.votes import of_new_views, Predictions, vote, Votes
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..data.queries import Queries
-from .task_sets import make_task_sets, newness, validation_tasks
 from ..evaluation.answers import answer, contexts_of, copy_answers, exact_hits, measures
-from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_contexts, plot_curves, plot_gallery, plot_results
 from ..evaluation.scores import pass_at_k
+from ..evaluation.intervals import Rate
 from ..evaluation.submissions import submission
 from ..evaluation.verdict import scenario, Verdict
-from .configurations import ExperimentConfig, explain
+from .configurations import ExperimentConfig, explain, RegressionConfig
 from .runs import differences, filled, open_run, resumed, Run, settings_of
 from ..model.contexts import CONTROLS, PuzzleEmbedding
 from ..model.decoder import Decoder, DecoderConfig
@@ -48,19 +46,23 @@ from ..model.encoders import DemoEncoder
 from ..tasks.grids import PAD
 from ..tasks.task import Task
 from etrm.training.checkpoints import (
-    check_names, Checkpoint, CheckpointError, compare_decoders, finish_interrupted_save,
-    load_checkpoint, load_strictly, load_training_state, read_config, read_tensors, remove,
-    row_names, save_checkpoint,
+    Checkpoint, CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint,
+    load_strictly, load_training_state, read_config, read_tensors, remove, row_names,
+    save_checkpoint, check_names,
 )
-from ..training.clock import Clock, counted, ended
-from ..training.faults import Faults
-from ..training.gradients import grad_norm
-from ..training.optim import AdamATan2, lr_scale
-from ..training.pace import insisting, paced
+from ..training.optim import AdamATan2
 from ..training.records import new_run_folder
+from ..training.gradients import grad_norm
+from ..training.pace import insisting
 from ..training.statistics import context_statistics
 from ..training.stopping import finishing, Stopped
-from ..training.trainer import context_of, random_state, set_random_state, Trainer
+from ..model.contexts import context_of
+from ..training.trainer import Trainer
+from ..training.extras import Batch, contrast, Extras
+from ..training.loop import Loop
+from ..model.losses import stablemax_cross_entropy
+from ..search.search import search
+from .task_sets import make_task_sets, newness, validation_tasks
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #d6be2d6b
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
@@ -280,8 +282,8 @@ def train_encoder(
     if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()
     fresh = not (checkpoint and checkpoint.exists())
     if fresh and checkpoint and not config.regression: record.rewind(0)  # killed before its first save
-    if fresh and config.regression: regress_on_rows(encoder, table, data, config, record)
-    trainer = Trainer(decoder, encoder, stream, config.train, held_near_rows(config, table, where_is(decoder)) if config.train.rows else None)
+    if fresh and config.regression: regress(encoder, table, data, config, record)
+    trainer = Trainer(decoder, encoder, stream, config.train, extras_of(config, decoder, encoder, table))
     measured = (sets or {}) | ({'validation': validation_tasks(config)} if config.evaluation.validation else {})
     asked = {name: Queries.of(puzzle_data(tasks, decoder.config.canvas), decoder, config.num_demos) for name, tasks in measured.items()}
     def evaluate():
@@ -309,74 +311,113 @@ def new_encoder(
     return encoder
 
 
-def regress_on_rows(
+def extras_of(
+    config: ExperimentConfig,
+    decoder: Decoder,
+    encoder: DemoEncoder,
+    table: PuzzleEmbedding | None,  # needed where `train.rows` holds the encoder near its embeddings
+) -> Extras:
+    "What `train` adds to the decoder's loss."
+    c = config.train
+    return Extras(batch_losses=(contrast(encoder, c.contrast),) if c.contrast else (),
+                  context_losses=(near_embeddings(config, table, where_is(decoder)),) if c.rows else (),
+                  refine=searching(decoder, c.search_steps, c.search_lr, c.search_rule) if c.search_steps else None)
+
+
+def searching(
+    decoder: Decoder,
+    steps: int,
+    lr: float,
+    rule: str,  # as of `search`
+) -> Callable[[Tensor, Batch], Tensor]:
+    "A refinement: the context after a search on the demonstrations; the gradient takes the way as a constant, as in arXiv 2411.08706."
+    def refine(context: Tensor, batch: Batch) -> Tensor:
+        demos = batch['demo_inputs'], labels_of(batch['demo_labels']), batch['demo_mask']
+        found, _ = search(decoder, *demos, context, stablemax_cross_entropy, steps, lr, rule=rule, check=False)  # `Faults` notes it, without waiting
+        return context + (found - context.detach())
+    return refine
+
+# %% ../../nbs/api/7_experiments/03_experiment.ipynb #ab09821a
+class Regression(Loop):
+    "Fits an encoder to each task's puzzle embedding: to lie near it (squared error), to point to it and no other (softmax), or both; no decoder is asked."
+    name, saves_end = 'regression', True
+    def __init__(self,
+        encoder: DemoEncoder,  # trained in place
+        embeddings: Tensor,  # (M, T, D), the targets
+        stream: Stream,
+        config: RegressionConfig,
+    ):
+        device = where_is(encoder)
+        self.encoder, self.losses, self.stream, self.device = encoder, EmbeddingLosses(embeddings).to(device), stream, device
+        super().__init__(config, nn.ModuleDict(dict(encoder=encoder, losses=self.losses)), device)
+        o = config.optim
+        self.adam = AdamATan2(self.modules.parameters(), o.lr, (o.beta1, o.beta2), o.weight_decay)
+
+    def update(self, scale: float) -> dict[str, Tensor]:  # this process's part of 'error', 'softmax', 'top1'
+        batch = self.stream.tensors(self.updates, self.local, self.device)
+        found = self.losses(context_of(self.encoder.train(), batch), batch['puzzle_identifiers'] - 1)
+        found = {name: value / world_size() for name, value in found.items()}
+        whole = self.backward(weighted(found, self.config))
+        self.faults.note(self.updates + 1, whole, grad_norm(self.modules.parameters()))
+        for group in self.adam.param_groups: group['lr'] = self.config.optim.lr * scale
+        self.adam.step(); self.adam.zero_grad(set_to_none=True)
+        return {name: value.detach() for name, value in found.items()}
+
+    def row(self, found: dict[str, Tensor]) -> dict[str, float]:
+        sum_over_ranks(found.values())
+        return {f'regression/{name}': value.item() for name, value in found.items()}
+
+    def state_dict(self) -> dict:  # the encoder is the checkpoint's
+        return super().state_dict() | dict(dense=self.adam.state_dict(), losses=self.losses.state_dict())
+
+    def load_state_dict(self, state: dict):
+        self.losses.load_state_dict(state['losses'])
+        self.adam.load_state_dict(state['dense'])
+        super().load_state_dict(state)
+
+
+def weighted(
+    found: dict[str, Tensor],  # from `EmbeddingLosses`
+    config: RegressionConfig,
+) -> Tensor:
+    "The loss of a regression."
+    return config.squared * found['error'] + config.softmax * found['softmax']
+
+
+def regress(
     encoder: DemoEncoder,  # trained in place
-    table: PuzzleEmbedding | None,  # its rows are the targets
-    data: PuzzleData,  # the puzzles that the rows belong to
+    table: PuzzleEmbedding | None,  # its embeddings are the targets
+    data: PuzzleData,  # the puzzles that they belong to
     config: ExperimentConfig,
     record: Run | Callable[[int, dict[str, float]], None],  # an open run saves, as `regression`, when `regression.save_every` says so and at the end, and goes on from there
 ):
-    "Fit the encoder to each task's table row: to lie near it (squared error), to point to it and no other (softmax), or both; no decoder is asked."
+    "The regression of a configuration."
     c = config.regression
     if table is None or len(table.weights) != data.num_identifiers:
         raise ValueError(f'regression needs a table with a row for each of the {data.num_identifiers - 1} puzzles, not {"none" if table is None else len(table.weights) - 1}')
-    stream, rows = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate, demos=config.demos), table.contexts()
-    device = where_is(encoder)
-    losses = RowLosses(rows).to(device)
-    adam = AdamATan2([*encoder.parameters(), *losses.parameters()], lr=c.optim.lr, betas=(c.optim.beta1, c.optim.beta2), weight_decay=c.optim.weight_decay)
-    place, done = record.regression if isinstance(record, Run) else None, 0
-    clock = Clock(c.minutes) if c.minutes else None
-    if place and found_at(place, config): done = resume_regression(place, encoder, losses, adam, record, clock)
-    elif place: record.rewind(0)
-    faults = Faults(device)
-    def save():
-        faults.check_weights(done, encoder.state_dict() | losses.state_dict())
-        save_first(place, dict(encoder=encoder), config, dict(updates=done, dense=adam.state_dict(), losses=losses.state_dict(), record_rows=len(record.rows), seconds=clock and clock.used) | random_state())
-        return place
-    with paced(save if place else None, c.save_every, done) as pace:
-        for done in counted(done, math.inf if clock else c.steps, clock, 'regression'):
-            batch = stream.tensors(done - 1, share(c.global_batch_size), device)
-            found = {k: v / world_size() for k, v in losses(context_of(encoder.train(), batch), batch['puzzle_identifiers'] - 1).items()}
-            loss = c.squared * found['error'] + c.softmax * found['softmax']
-            loss.backward()
-            whole = loss.detach().clone()
-            sum_gradients(encoder, losses, beside=(whole,))
-            faults.note(done, whole, grad_norm([*encoder.parameters(), *losses.parameters()]))
-            for group in adam.param_groups: group['lr'] = c.optim.lr * lr_scale(done - 1, c.steps, c.optim, clock and clock.share)
-            adam.step(); adam.zero_grad(set_to_none=True)
-            if clock: clock.look()
-            if done % c.log_every == 0 or ended(done, c.steps, clock):
-                faults.check()
-                found = {k: v.detach() for k, v in found.items()}
-                sum_over_ranks(found.values())
-                record(done, {f'regression/{k}': v.item() for k, v in found.items()})
-            pace(done)
-        faults.check_weights(done, encoder.state_dict() | losses.state_dict())
-        if pace.updates < done: pace.keep(done)
+    stream = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate, demos=config.demos)
+    loop = Regression(encoder, table.contexts(), stream, c)
+    if not isinstance(record, Run): return loop.run(record)
+    place = record.regression
+    if not found_at(place, config): record.rewind(0)
+    save = resume_or_start(loop, place, dict(encoder=encoder), config, record)
+    if loop.updates: load_strictly(encoder, read_tensors(place)['encoder'], str(place))
+    loop.run(record, save=save)
 
 
-def held_near_rows(config: ExperimentConfig, table: PuzzleEmbedding | None, device: str | torch.device) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
-    "The losses of `regression`, weighted by `train.rows`, for `Trainer`; the scale of the softmax stays at its first value."
+def near_embeddings(
+    config: ExperimentConfig,
+    table: PuzzleEmbedding | None,
+    device: str | torch.device,
+) -> Callable[[Tensor, Batch], Tensor]:
+    "A context loss: those of `regression`, weighted by `train.rows`; the scale of the softmax stays at its first value."
     c, weight = config.regression, config.train.rows
     if c is None or table is None: raise ValueError('train.rows goes on with the losses of a regression on a table: give both, or set it to 0')
-    losses = RowLosses(table.contexts()).to(device).requires_grad_(False)
-    def loss(context: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        found = losses(context, batch['puzzle_identifiers'] - 1)
-        return weight * (c.squared * found['error'] + c.softmax * found['softmax'])
-    return loss
+    losses = EmbeddingLosses(table.contexts()).to(device).requires_grad_(False)
+    return lambda context, batch: weight * weighted(losses(context, batch['puzzle_identifiers'] - 1), c)
 
 
-def resume_regression(place: Path, encoder: DemoEncoder, losses: nn.Module, adam: AdamATan2, record: Run, clock: Clock | None) -> int:  # updates done
-    "Go on with the regression from where it was saved."
-    state = load_training_state(place)
-    load_strictly(encoder, read_tensors(place)['encoder'], str(place))
-    losses.load_state_dict(state['losses'])
-    if clock: clock.go_on(state['seconds'])
-    adam.load_state_dict(state['dense']); set_random_state(state); record.rewind(state['record_rows'])
-    return state['updates']
-
-
-class RowLosses(nn.Module):
+class EmbeddingLosses(nn.Module):
     "How far contexts are from their rows, and whether they point to them: both in coordinates that have mean 0 and variance 1 over the rows."
     def __init__(self,
         rows: Tensor,  # (M, T, D)

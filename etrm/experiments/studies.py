@@ -20,14 +20,18 @@ import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..training.checkpoints import Checkpoint, decoder_config, load_checkpoint, read_config, read_plain_yaml
+from etrm.training.checkpoints import (
+    Checkpoint, decoder_config, load_checkpoint, read_config, read_plain_yaml,
+)
 from .configurations import ExperimentConfig, beside, load_config
 from ..model.contexts import mean, shuffled, PuzzleEmbedding
 from ..data.puzzles import puzzle_data
 from ..data.batches import Stream
 from ..model.decoder import Decoder
 from ..evaluation.intervals import clopper_pearson, mean_difference
-from .experiment import check_sets, known_puzzles, new_encoder, new_to, save_last, through, train_encoder
+from etrm.experiments.experiment import (
+    check_sets, extras_of, known_puzzles, new_encoder, new_to, save_last, through, train_encoder,
+)
 from ..data.queries import Queries
 from ..evaluation.answers import contexts_of, measured_row, measures
 from ..tasks.task import digest, read_json
@@ -36,8 +40,8 @@ from .runs import Run, check_place, check_settings, open_run, settings_of
 from ..search.curves import search_curves
 from ..basics.settings import Settings
 from ..data.novelty import bits_of_inputs
-from .task_sets import make_task_sets
 from ..training.trainer import Trainer
+from .task_sets import make_task_sets
 
 # %% ../../nbs/api/7_experiments/05_studies.ipynb #75e8ae54
 FOLDER_NAME = r'^[A-Za-z0-9_+-][A-Za-z0-9_.+ -]*$'  # of studies and variants: each has a folder
@@ -100,8 +104,10 @@ def update_flops(
 ) -> int:  # floating-point operations of matrix multiplications, forward and backward; masked attention, as the encoder's, torch does not count on a CPU
     "What one update of encoder training costs; counted on the CPU, wherever it is trained."
     data = puzzle_data(make_task_sets(config.with_(tasks=dict(max_train_groups=2, max_eval_groups=2, pairs_per_task=6)))[0], decoder.config.canvas)
-    train = config.train.with_(rows=0.)  # the rows' losses cost next to nothing
-    trainer = Trainer(copy.deepcopy(decoder).cpu(), new_encoder(config, decoder, table), Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None), train)
+    decoder, encoder = copy.deepcopy(decoder).cpu(), new_encoder(config, decoder, table)
+    stream = Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None)
+    extras = extras_of(config.with_(train=dict(rows=0.)), decoder, encoder, table)  # the rows' losses cost next to nothing
+    trainer = Trainer(decoder, encoder, stream, config.train, extras)
     with FlopCounterMode(display=False) as counter: trainer.step()
     return counter.get_total_flops()
 

@@ -16,9 +16,9 @@ def grad_norm(
 ) -> Tensor:  # scalar; 0 where nothing has a gradient
     "The L2 norm of all gradients together."
     grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros((), device=device)
+    return nn.utils.get_total_norm(grads) if grads else torch.zeros((), device=device)
 
-
+# %% ../../nbs/api/4_training/05_gradients.ipynb #81740d36
 def clip_gradients(
     decoder: nn.Module,
     source: nn.Module,
@@ -26,7 +26,8 @@ def clip_gradients(
 ) -> dict[str, Tensor]:  # grad/encoder_norm, grad/inner_norm, grad/total_norm, before and, named _clipped, after
     "Clip the total norm and tell the norms before and after."
     device = next(decoder.parameters()).device
-    norms = {f'grad/{name}_norm': grad_norm(m.parameters(), device) for name, m in dict(encoder=source, inner=decoder).items()}
+    parts = dict(encoder=source, inner=decoder)
+    norms = {f'grad/{name}_norm': grad_norm(part.parameters(), device) for name, part in parts.items()}
     norms['grad/total_norm'] = total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     factor = (max_norm / total.clamp(min=1e-12)).clamp(max=1.) if max_norm else torch.ones((), device=device)
     grads = [p.grad for m in (decoder, source) for p in m.parameters() if p.grad is not None]
