@@ -40,23 +40,22 @@ from ..evaluation.submissions import submission
 from ..evaluation.verdict import scenario, Verdict
 from .configurations import ExperimentConfig, explain, RegressionConfig
 from .runs import differences, filled, open_run, resumed, Run, settings_of
-from ..model.contexts import CONTROLS, PuzzleEmbedding
+from ..model.contexts import CONTROLS, PuzzleEmbedding, context_of
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder
 from ..tasks.grids import PAD
 from ..tasks.task import Task
-from etrm.training.checkpoints import (
-    Checkpoint, CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint,
-    load_strictly, load_training_state, read_config, read_tensors, remove, row_names,
-    save_checkpoint, check_names,
-)
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config, read_tensors, row_names
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
+from ..training.saving import finish_interrupted_save, load_training_state, remove, save_checkpoint
+from ..training.weights import compare_decoders, load_strictly
 from ..training.optim import AdamATan2
 from ..training.records import new_run_folder
 from ..training.gradients import grad_norm
 from ..training.pace import insisting
 from ..training.statistics import context_statistics
 from ..training.stopping import finishing, Stopped
-from ..model.contexts import context_of
 from ..training.trainer import Trainer
 from ..training.extras import Batch, contrast, Extras
 from ..training.loop import Loop
