@@ -127,7 +127,8 @@ class Grids:
         parts = zip(*(t.split(some) for t in (puzzles, pairs, *symmetry, offsets)))
         inputs, outputs = torch.cat([self.lay_out(*part) for part in parts]).unbind(1)
         batch = dict(inputs=inputs[:, 0], labels=labels_of(outputs[:, 0]), puzzle_identifiers=identifiers, group=group, puzzle=puzzles)
-        if drawn.mask.shape[1]: batch |= dict(demo_inputs=inputs[:, 1:], demo_labels=outputs[:, 1:], demo_mask=there[:, 1:])
+        if drawn.mask.shape[1]:
+            batch |= dict(demo_inputs=inputs[:, 1:], demo_labels=outputs[:, 1:], demo_mask=there[:, 1:])
         if self.known is None: return batch
         known = self.known[pairs[:, 0]]
         return batch | dict(extent=(torch.where(symmetry[0][:, None] == 1, known.flip(1), known) + 1).clamp(max=self.canvas))
@@ -176,7 +177,8 @@ class Stream:
         demos: str = 'drawn',  # which K other pairs: 'drawn' anew, 'fewer', 1 to K of them, or the 'first'
         opens: np.ndarray | None = None,  # (G,) the batch from which on each group is drawn; None: all from the start
     ):
-        if translate and extents: raise ValueError('a decoder with crop reads grids at the top left corner: set translate to false, or decoder.crop to null')
+        if translate and extents:
+            raise ValueError('a decoder with crop reads grids at the top left corner: set translate to false, or decoder.crop to null')
         if query not in ('any', 'test'): raise ValueError(f"query is 'any' or 'test', not {query!r}")
         self.data, self.batch_size, self.seed, self.num_demos, self.query, self.translate, self.extents = data, batch_size, seed, num_demos, query, translate, extents
         if query == 'test' and (without := [name for name, a, b in zip(data.names, data.start, data.stop) if not data.is_test[a:b].any()]):
@@ -185,10 +187,12 @@ class Stream:
         self.members, self.first = order, np.searchsorted(data.group[order], np.unique(data.group))
         self.size = np.diff(np.append(self.first, len(order)))
         self.demos, self.opens = demos, np.zeros(len(self.first), int) if opens is None else opens
-        if demos not in ('drawn', 'fewer', 'first'): raise ValueError(f"demos is 'drawn', 'fewer' or 'first', not {demos!r}")
+        if demos not in ('drawn', 'fewer', 'first'):
+            raise ValueError(f"demos is 'drawn', 'fewer' or 'first', not {demos!r}")
         self.sizes = grid_sizes(data).max(axis=0) if translate else None  # (N, 2) of the larger grid of each pair
         self.grids = {}  # by device
-        if len(self.opens) != len(self.first) or self.opens.min() > 0: raise ValueError(f'opens says of {len(self.opens)} groups from which batch on they are drawn, the first from {self.opens.min()}; there are {len(self.first)}, and one has to be there at batch 0')
+        if len(self.opens) != len(self.first) or self.opens.min() > 0:
+            raise ValueError(f'opens says of {len(self.opens)} groups from which batch on they are drawn, the first from {self.opens.min()}; there are {len(self.first)}, and one has to be there at batch 0')
 
     def draw(self,
         i: int,  # number of the batch
@@ -221,7 +225,8 @@ class Stream:
             order = smallest(demo_key, K)
             mask[:, :order.shape[1]] = np.take_along_axis(demo_key, order, 1) < 2
             chosen = np.concatenate([query, order, np.zeros((len(query), K - order.shape[1]), int)], 1)
-        if self.demos == 'fewer': mask &= np.arange(K) < rng.integers(1, K, size=(len(mask), 1), endpoint=True)
+        if self.demos == 'fewer':
+            mask &= np.arange(K) < rng.integers(1, K, size=(len(mask), 1), endpoint=True)
         return np.minimum(start + chosen, stop - 1), mask
 
     def room(self, puzzles: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -235,7 +240,8 @@ class Stream:
         device: str | torch.device = 'cpu',  # what is laid out there stays there; indices alone are sent
     ) -> dict[str, Tensor]:  # integers as int64
         "Batch `i`, or some of its rows, laid out on a device."
-        if (device := torch.device(device)) not in self.grids: self.grids[device] = Grids(self.data, device, self.translate, self.extents)
+        if (device := torch.device(device)) not in self.grids:
+            self.grids[device] = Grids(self.data, device, self.translate, self.extents)
         return self.grids[device](self.draw(i, rows))
 
     def batch(self, i: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:

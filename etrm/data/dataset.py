@@ -25,7 +25,8 @@ def write_dataset(
 ):
     "Write TRM's on-disk dataset. Equal names in two splits get equal identifiers: those of the first split are its own, as of a table's rows."
     folder = Path(folder)
-    if (folder / 'identifiers.json').exists(): raise ValueError(f'{folder} already holds a dataset: choose another folder')
+    if (folder / 'identifiers.json').exists():
+        raise ValueError(f'{folder} already holds a dataset: choose another folder')
     names = list(dict.fromkeys([BLANK, *(data.names[p] for data in splits.values() for p in np.argsort(data.identifiers, kind='stable'))]))
     ids = {n: i for i, n in enumerate(names)}
     for split, data in splits.items():
@@ -50,7 +51,8 @@ def pairs_of(data: PuzzleData, puzzle: int, split: str) -> np.ndarray:
     "The pairs of a puzzle that a split holds."
     pairs = np.arange(data.start[puzzle], data.stop[puzzle])
     if split != 'test': return pairs
-    if not data.is_test[pairs].any(): raise ValueError(f'{data.names[puzzle]} has no test pair for the split test: leave it out')
+    if not data.is_test[pairs].any():
+        raise ValueError(f'{data.names[puzzle]} has no test pair for the split test: leave it out')
     return pairs[data.is_test[pairs]]
 
 
@@ -59,15 +61,18 @@ def read_identifiers(
 ) -> tuple[str, ...]:  # place n: whose identifier n is
     "The names of a dataset's puzzles, or of a table's rows."
     names = read_json(file)
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names): raise ValueError(f'{file} is not a list of names')
-    if twice := [n for n, k in Counter(names).items() if k > 1]: raise ValueError(f'{file} has the name {twice[0]!r} more than once: only one of its rows would be asked. Take another copy')
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f'{file} is not a list of names')
+    if twice := [n for n, k in Counter(names).items() if k > 1]:
+        raise ValueError(f'{file} has the name {twice[0]!r} more than once: only one of its rows would be asked. Take another copy')
     return tuple(names)
 
 
 def check_about(about, folder: Path):
     "Raise where a split's description is not one."
     sets, S = (about.get('sets'), about.get('seq_len')) if isinstance(about, dict) else (None, None)
-    if type(S) is not int or S < 1 or int(S**.5)**2 != S: raise ValueError(f"{folder / 'dataset.json'}: seq_len is {S!r}, not the square of a canvas's side")
+    if type(S) is not int or S < 1 or int(S**.5)**2 != S:
+        raise ValueError(f"{folder / 'dataset.json'}: seq_len is {S!r}, not the square of a canvas's side")
     if not isinstance(sets, list) or not sets or not all(isinstance(s, str) and s and not set(s) & set('/\\\0') for s in sets):
         raise ValueError(f"{folder / 'dataset.json'}: sets is {sets!r}, not a list of names of files in {folder}")
 
@@ -76,7 +81,8 @@ def read_array(file: Path) -> np.ndarray:
     "An array of whole numbers; the file is seen to hold them all before memory is taken, and no object in it is made."
     file_size(file)
     try: found = np.lib.format.open_memmap(file, mode='r')
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error: raise ValueError(f'{file} is not a readable array ({str(error)[:200]}): write the dataset again') from error
+    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:
+        raise ValueError(f'{file} is not a readable array ({str(error)[:200]}): write the dataset again') from error
     if found.dtype.kind not in 'iu': raise ValueError(f'{file} holds {found.dtype}, not whole numbers')
     return np.array(found)
 
@@ -85,13 +91,18 @@ def read_set(folder: Path, name: str, num_names: int) -> dict[str, np.ndarray]:
     "The arrays of one set, seen to fit each other."
     a = {f: read_array(folder / f'{name}__{f}.npy') for f in ('inputs', 'labels', 'puzzle_identifiers', 'puzzle_indices', 'group_indices')}
     where = folder / f'{name}__'
-    if a['inputs'].ndim != 2 or a['inputs'].shape != a['labels'].shape: raise ValueError(f"{where}inputs and labels have shapes {a['inputs'].shape} and {a['labels'].shape}; both are (pairs, places)")
-    if not all(((a[f] >= 0) & (a[f] < VOCAB_SIZE)).all() for f in ('inputs', 'labels')): raise ValueError(f'{where}inputs or labels have tokens outside 0..{VOCAB_SIZE - 1}')
-    if not len(ids := a['puzzle_identifiers']) or ids.ndim != 1 or ids.min() < 0 or ids.max() >= num_names: raise ValueError(f'{where}puzzle_identifiers: an identifier is not in identifiers.json ({num_names} names)')
+    if a['inputs'].ndim != 2 or a['inputs'].shape != a['labels'].shape:
+        raise ValueError(f"{where}inputs and labels have shapes {a['inputs'].shape} and {a['labels'].shape}; both are (pairs, places)")
+    if not all(((a[f] >= 0) & (a[f] < VOCAB_SIZE)).all() for f in ('inputs', 'labels')):
+        raise ValueError(f'{where}inputs or labels have tokens outside 0..{VOCAB_SIZE - 1}')
+    if not len(ids := a['puzzle_identifiers']) or ids.ndim != 1 or ids.min() < 0 or ids.max() >= num_names:
+        raise ValueError(f'{where}puzzle_identifiers: an identifier is not in identifiers.json ({num_names} names)')
     for f, last in (('puzzle_indices', len(a['inputs'])), ('group_indices', len(ids))):
         b = a[f]
-        if b.ndim != 1 or len(b) < 2 or b[0] != 0 or b[-1] != last or (np.diff(b) <= 0).any(): raise ValueError(f'{where}{f} does not rise from 0 to {last}')
-    if len(a['puzzle_indices']) != len(ids) + 1: raise ValueError(f"{where}puzzle_indices has {len(a['puzzle_indices'])} bounds for {len(ids)} puzzles")
+        if b.ndim != 1 or len(b) < 2 or b[0] != 0 or b[-1] != last or (np.diff(b) <= 0).any():
+            raise ValueError(f'{where}{f} does not rise from 0 to {last}')
+    if len(a['puzzle_indices']) != len(ids) + 1:
+        raise ValueError(f"{where}puzzle_indices has {len(a['puzzle_indices'])} bounds for {len(ids)} puzzles")
     return a
 
 # %% ../../nbs/api/2_data/03_dataset.ipynb #99a86787
@@ -102,7 +113,8 @@ def read_dataset(
     "Read one split of TRM's on-disk dataset; its pairs count as test pairs in the split 'test'."
     folder = Path(folder)
     for needed in (folder / 'identifiers.json', folder / split / 'dataset.json'):
-        if not needed.exists(): raise ValueError(f'{needed} is missing: {folder} is not a TRM dataset with a split {split!r}')
+        if not needed.exists():
+            raise ValueError(f'{needed} is missing: {folder} is not a TRM dataset with a split {split!r}')
     names, about = read_identifiers(folder / 'identifiers.json'), read_json(folder / split / 'dataset.json')
     check_about(about, folder / split)
     canvas = int(about['seq_len']**.5)
@@ -111,7 +123,8 @@ def read_dataset(
     group_base = np.cumsum([0] + [len(p['group_indices']) - 1 for p in parts])
     joined = lambda arrays: np.concatenate(list(arrays))
     inputs, identifiers = joined(p['inputs'] for p in parts), joined(p['puzzle_identifiers'] for p in parts)
-    if inputs.shape[1] != about['seq_len']: raise ValueError(f"{folder / split}: inputs have {inputs.shape[1]} places, dataset.json says seq_len {about['seq_len']}")
+    if inputs.shape[1] != about['seq_len']:
+        raise ValueError(f"{folder / split}: inputs have {inputs.shape[1]} places, dataset.json says seq_len {about['seq_len']}")
     P = len(identifiers)
     return PuzzleData(canvas, inputs.astype(np.uint8), joined(p['labels'] for p in parts).astype(np.uint8), np.full(len(inputs), split == 'test'),
         joined(p['puzzle_indices'][:-1] + b for p, b in zip(parts, pair_base)), joined(p['puzzle_indices'][1:] + b for p, b in zip(parts, pair_base)),

@@ -58,7 +58,8 @@ def explaining_rules(
     for i, rule in enumerate(tqdm(rules, desc='training rules', mininterval=1, disable=not progress)):
         for group, (inputs, outputs) in zip(groups, first):
             for p in group[explains(rule, inputs, outputs)]:
-                if found[p] < 0 and all(np.array_equal(rule.apply(a), b) for a, b in pairs[p][1:]): found[p] = i
+                if found[p] < 0 and all(np.array_equal(rule.apply(a), b) for a, b in pairs[p][1:]):
+                    found[p] = i
     return found
 
 

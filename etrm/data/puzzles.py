@@ -77,10 +77,12 @@ def puzzle_data(
 ) -> PuzzleData:
     "The tasks and their augmentations, drawn from `seed`; duplicates of a task's augmentations are dropped."
     if not tasks: raise ValueError('no tasks to make puzzles of')
-    if twice := [n for n, k in Counter(t.name for t in tasks).items() if k > 1]: raise ValueError(f'two tasks are called {twice[0]!r}, and answers go by names: rename one, or leave it out')
+    if twice := [n for n, k in Counter(t.name for t in tasks).items() if k > 1]:
+        raise ValueError(f'two tasks are called {twice[0]!r}, and answers go by names: rename one, or leave it out')
     check_fits(tasks, canvas)
     for t in tasks:
-        if not unsolved and any(p.output is None for p in t.pairs): raise ValueError(f'task {t.name} has a test pair without its output, so there is nothing to measure an answer by: leave the task out, or only ask for answers (etrm search)')
+        if not unsolved and any(p.output is None for p in t.pairs):
+            raise ValueError(f'task {t.name} has a test pair without its output, so there is nothing to measure an answer by: leave the task out, or only ask for answers (etrm search)')
     tokens = lambda grids: np.stack([np.full(canvas**2, PAD, np.uint8) if g is None else grid_to_tokens(g, canvas) for g in grids])
     pairs = [p for t in tasks for p in t.pairs]
     inputs, outputs = tokens([p.input for p in pairs]), tokens([p.output for p in pairs])
@@ -114,7 +116,8 @@ def distinct_augmentations(
     while (wanted := min(num_aug + 1 - len(found), left)) > 0:
         drawn = [Augmentation.random(rng) for _ in range(wanted)]
         dihedral, colours = (np.repeat(np.array(x, np.uint8), len(small), 0) for x in ([a.dihedral for a in drawn], [a.colours for a in drawn]))
-        for a, seen in zip(drawn, augment_tokens(np.tile(small, (wanted, 1)), side, dihedral, colours).reshape(wanted, -1)): found.setdefault(seen.tobytes(), a)
+        for a, seen in zip(drawn, augment_tokens(np.tile(small, (wanted, 1)), side, dihedral, colours).reshape(wanted, -1)):
+            found.setdefault(seen.tobytes(), a)
         left -= wanted
     return list(found.values())
 

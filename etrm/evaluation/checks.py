@@ -74,15 +74,18 @@ def check_gradients(
     norms = {n: None if p.grad is None else p.grad.norm().item() for n, p in source.named_parameters()}
     for module in (source, decoder): module.zero_grad()
     without, broken = [n for n, v in norms.items() if not v], [n for n, v in norms.items() if v and not np.isfinite(v)]
-    if broken: raise CheckError(f'{len(broken)} of {len(norms)} parameters get a gradient that is not finite: {", ".join(broken)}. Look for values that are not finite in the weights, the batch or the loss')
-    if without: raise CheckError(f'{len(without)} of {len(norms)} parameters get no gradient through the decoder: {", ".join(without)}. Look for a detach, a no_grad or a kept context between them and the loss')
+    if broken:
+        raise CheckError(f'{len(broken)} of {len(norms)} parameters get a gradient that is not finite: {", ".join(broken)}. Look for values that are not finite in the weights, the batch or the loss')
+    if without:
+        raise CheckError(f'{len(without)} of {len(norms)} parameters get no gradient through the decoder: {", ".join(without)}. Look for a detach, a no_grad or a kept context between them and the loss')
     return norms
 
 
 def loss_of_first_step(decoder: Decoder, source: nn.Module, batch: dict[str, Tensor]) -> Tensor:  # scalar
     "The loss of one update from a fresh carry, divided by the batch size."
     context = context_of(source, batch)
-    if not context.requires_grad: context = context.detach().requires_grad_()  # so that a source cut off is found by its parameters
+    if not context.requires_grad:
+        context = context.detach().requires_grad_()  # so that a source cut off is found by its parameters
     _, logits, (q_halt, _) = decoder(decoder.initial_carry(len(context)), batch['inputs'], context, batch.get('extent'))
     return trm_loss(logits, q_halt, batch['labels'])[0].mean() + getattr(source, 'extra_loss', 0.)
 
@@ -94,7 +97,8 @@ def task_share(
     "The share of the contexts' variance that lies between tasks: 1 - within / total."
     _, task = tasks.unique(return_inverse=True)
     flat, n = contexts.detach().flatten(1).to(widest_float(contexts.device)), torch.bincount(task)
-    if not (n > 1).any() or len(n) < 2: raise ValueError('the share between tasks needs two tasks, one of them at least twice')
+    if not (n > 1).any() or len(n) < 2:
+        raise ValueError('the share between tasks needs two tasks, one of them at least twice')
     means = torch.zeros(len(n), flat.shape[1], dtype=flat.dtype, device=flat.device).index_add_(0, task, flat) / n[:, None]
     within = (flat - means[task]).square().sum() / (len(flat) - len(n))
     total = flat.var(0).sum()
@@ -108,14 +112,18 @@ def check_contexts(
     seed: int = 0,
 ) -> dict[str, float]:  # 'share' between tasks, 'permuted': its mean under permuted labels, 'p'
     "Contexts differ, and between tasks more than within one."
-    if permutations < 100: raise ValueError(f'{permutations} permutations cannot give p < .01, which is asked for: take at least 100')
-    if not (finite := contexts.isfinite().flatten(1).all(1)).all(): raise CheckError(f'{(~finite).sum()} of {len(contexts)} contexts hold values that are not finite, the first that of sample {(~finite).nonzero()[0].item()}: look for them in the encoder\'s weights and in the batch')
+    if permutations < 100:
+        raise ValueError(f'{permutations} permutations cannot give p < .01, which is asked for: take at least 100')
+    if not (finite := contexts.isfinite().flatten(1).all(1)).all():
+        raise CheckError(f'{(~finite).sum()} of {len(contexts)} contexts hold values that are not finite, the first that of sample {(~finite).nonzero()[0].item()}: look for them in the encoder\'s weights and in the batch')
     spread = contexts.detach().std(0).max().item()
-    if spread <= 1e-5 * contexts.detach().abs().max().item(): raise CheckError(f'the contexts are the same for every sample (largest standard deviation {spread:.2g}): the encoder has collapsed or does not hear its demonstrations')
+    if spread <= 1e-5 * contexts.detach().abs().max().item():
+        raise CheckError(f'the contexts are the same for every sample (largest standard deviation {spread:.2g}): the encoder has collapsed or does not hear its demonstrations')
     generator, share = torch.Generator().manual_seed(seed), task_share(contexts, tasks)
     permuted = [task_share(contexts, tasks[torch.randperm(len(tasks), generator=generator)]) for _ in range(permutations)]
     p = (1 + sum(s >= share for s in permuted)) / (1 + permutations)
-    if p >= .01: raise CheckError(f'the contexts do not follow the tasks: {share:.1%} of their variance lies between tasks, {np.mean(permuted):.1%} under permuted labels (p = {p:.2g}). Are the demonstrations those of the query\'s own task?')
+    if p >= .01:
+        raise CheckError(f'the contexts do not follow the tasks: {share:.1%} of their variance lies between tasks, {np.mean(permuted):.1%} under permuted labels (p = {p:.2g}). Are the demonstrations those of the query\'s own task?')
     return dict(share=share, permuted=float(np.mean(permuted)), p=p)
 
 # %% ../../nbs/api/5_evaluation/06_checks.ipynb #4934964f

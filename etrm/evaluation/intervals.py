@@ -23,7 +23,8 @@ def clopper_pearson(
     level: float = .95,       # coverage, between 0 and 1
 ) -> tuple[float, float]:     # lower and upper bound of the rate
     "The exact interval of a rate of which `solved` of `n` was seen"
-    if not 0 <= solved <= n or n == 0: raise ValueError(f'clopper_pearson: {solved} of {n} is no rate; it needs 0 <= solved <= n and n > 0')
+    if not 0 <= solved <= n or n == 0:
+        raise ValueError(f'clopper_pearson: {solved} of {n} is no rate; it needs 0 <= solved <= n and n > 0')
     interval = binomtest(int(solved), int(n)).proportion_ci(level, method='exact')
     return float(interval.low), float(interval.high)
 
@@ -86,8 +87,10 @@ def paired_counts(
 ) -> tuple[int, int, int]:  # wins, losses, n
     "On how many tasks only the one and only the other is right."
     ours, theirs = np.asarray(ours), np.asarray(theirs)
-    if ours.shape != theirs.shape or not len(ours): raise ValueError(f'paired results need the same tasks, at least one: got {ours.shape} and {theirs.shape}')
-    if not np.isin([*ours, *theirs], (0, 1)).all(): raise ValueError('paired results are 0 or 1, one a task: means over seeds or shares of cells go to mean_difference')
+    if ours.shape != theirs.shape or not len(ours):
+        raise ValueError(f'paired results need the same tasks, at least one: got {ours.shape} and {theirs.shape}')
+    if not np.isin([*ours, *theirs], (0, 1)).all():
+        raise ValueError('paired results are 0 or 1, one a task: means over seeds or shares of cells go to mean_difference')
     ours, theirs = ours.astype(bool), theirs.astype(bool)
     return int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(ours)
 
@@ -128,7 +131,8 @@ def mean_difference(
 ) -> tuple[float, float, float]:  # mean and its interval
     "Mean of differences over tasks, with a percentile bootstrap interval over tasks."
     gains = np.asarray(gains, float)
-    if gains.ndim != 1 or len(gains) < 2: raise ValueError(f'mean_difference needs a difference for each of two tasks or more, got shape {gains.shape}')
+    if gains.ndim != 1 or len(gains) < 2:
+        raise ValueError(f'mean_difference needs a difference for each of two tasks or more, got shape {gains.shape}')
     if not np.isfinite(gains).all(): raise ValueError('mean_difference: a difference is not finite')
     if np.ptp(gains) == 0: return float(gains[0]), float(gains[0]), float(gains[0])
     found = bootstrap((gains,), np.mean, confidence_level=level, n_resamples=draws, method='percentile', rng=np.random.default_rng(0))

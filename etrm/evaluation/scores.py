@@ -44,7 +44,8 @@ def _table(scores):
     lines = ['| | mean share | test inputs solved (95%) | tasks solved whole (95%) |', '|---|---|---|---|']
     lines += [f'| pass@{s.k} | {s.share:.1%} | {s.inputs:.1%} '
               f'| {s.tasks:.1%} |' for s in scores.rows]
-    if scores.missing: lines += ['', f'{scores.missing} of {scores.rows[0].n_inputs} test inputs have no prediction and count as unsolved.']
+    if scores.missing:
+        lines += ['', f'{scores.missing} of {scores.rows[0].n_inputs} test inputs have no prediction and count as unsolved.']
     return '\n'.join(lines)
 
 # %% ../../nbs/api/5_evaluation/03_scores.ipynb #24150438
@@ -73,9 +74,11 @@ def _check_answers(votes, tasks, allow_missing):
     "Raise where a task has no solution to compare with, no place in the votes, or no prediction; count inputs without one"
     if not tasks: raise ValueError('pass_at_k: no task to score')
     for task in tasks:
-        if task.name not in votes.candidates: raise ValueError(f'pass_at_k: task {task.name!r} took no part in the vote; vote over the tasks scored')
+        if task.name not in votes.candidates:
+            raise ValueError(f'pass_at_k: task {task.name!r} took no part in the vote; vote over the tasks scored')
         for i, pair in enumerate(task.test):
-            if pair.output is None: raise ValueError(f'pass_at_k: task {task.name!r}, test input {i}: no solution to compare with')
+            if pair.output is None:
+                raise ValueError(f'pass_at_k: task {task.name!r}, test input {i}: no solution to compare with')
     absent = [task.name for task in tasks if not any(votes[task.name])]
     if absent and not allow_missing:
         raise ValueError(f'pass_at_k: {len(absent)} of {len(tasks)} tasks have no prediction (the first: {absent[0]!r}); '

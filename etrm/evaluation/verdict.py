@@ -22,7 +22,8 @@ class Evidence:
     threshold: str
     holds: bool | None  # None: the measurement is too small to tell
 
-    def __str__(self): return f"{ {True: 'yes', False: 'no ', None: '?  '}[self.holds] }  {self.question:<34} {self.measured}  (threshold: {self.threshold})"
+    def __str__(self):
+        return f"{ {True: 'yes', False: 'no ', None: '?  '}[self.holds] }  {self.question:<34} {self.measured}  (threshold: {self.threshold})"
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Verdict:
 
     MEANING = {'A': 'encoder learns', 'B': 'encoder stuck', 'C': 'encoder trains but is useless', 'undecided': 'the evaluation is too small to tell A from C'}
 
-    def __str__(self): return '\n'.join([f'Scenario {self.scenario}: {self.MEANING[self.scenario]}', *map(str, self.evidence)])
+    def __str__(self):
+        return '\n'.join([f'Scenario {self.scenario}: {self.MEANING[self.scenario]}', *map(str, self.evidence)])
 
-    def as_dict(self) -> dict: return dict(scenario=self.scenario, meaning=self.MEANING[self.scenario], evidence=[asdict(e) for e in self.evidence])
+    def as_dict(self) -> dict:
+        return dict(scenario=self.scenario, meaning=self.MEANING[self.scenario], evidence=[asdict(e) for e in self.evidence])
 
 # %% ../../nbs/api/5_evaluation/07_verdict.ipynb #8e594167
 KEYS = ('grad/encoder_norm', 'train/lm_loss', 'encoder_token_std', 'encoder_output_std')  # of the record
@@ -64,7 +67,8 @@ def scenario(
     (grad, loss, spread, size), diverged = map(series, KEYS), diverged_at(record)
     if min(map(len, (grad, loss, spread, size))) < 4 and diverged is not None:
         raise ValueError(f'update {diverged} diverged: its loss or gradient is not finite, and before it there are fewer than four logged values')
-    if min(map(len, (grad, loss, spread, size))) < 4: raise ValueError(f'the record has fewer than four logged values of {", ".join(KEYS)}: log more often or train longer')
+    if min(map(len, (grad, loss, spread, size))) < 4:
+        raise ValueError(f'the record has fewer than four logged values of {", ".join(KEYS)}: log more often or train longer')
     quarter = max(1, len(loss) // 4)
     first, last = loss[:quarter].mean(), loss[-quarter:].mean()
     best = max(controls, key=lambda name: np.mean(controls[name]))
@@ -86,7 +90,8 @@ def onehot_rules(
     rules: list[Rule],
 ) -> np.ndarray:  # (n, features) of 0. and 1.
     "A rule's family and each of its parameters' values, one-hot."
-    def features(rule): return [rule.family] + [f'{i}{part.family}.{k}={v}' for i, part in enumerate(rule.parts) for k, v in part.params.items()]
+    def features(rule):
+        return [rule.family] + [f'{i}{part.family}.{k}={v}' for i, part in enumerate(rule.parts) for k, v in part.params.items()]
     named = [features(rule) for rule in rules]
     column = {name: i for i, name in enumerate(sorted({name for names in named for name in names}))}
     found = np.zeros((len(rules), len(column)))
@@ -101,7 +106,8 @@ def rule_share(
     folds: int = 8,  # each is predicted from the others
 ) -> float:  # R squared, at most 1; 0 or less: the rule says nothing about a row
     "The share of the rows' variance that their rules predict, on rows left out of the fit."
-    if len(rows) != len(features): raise ValueError(f'{len(rows)} rows and {len(features)} rules: a table has a row for each rule')
+    if len(rows) != len(features):
+        raise ValueError(f'{len(rows)} rows and {len(features)} rules: a table has a row for each rule')
     if len(rows) < 2 * folds: raise ValueError(f'{len(rows)} rows are too few for {folds} folds')
     x, fold = features, np.random.default_rng(0).permutation(len(rows)) % folds
     missed = total = 0.

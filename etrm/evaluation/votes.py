@@ -63,7 +63,8 @@ def concatenate(
     "Put predictions one behind the other"
     parts = list(parts)
     canvases = sorted({p.canvas for p in parts})
-    if len(canvases) != 1: raise ValueError(f'concatenate: predictions on one canvas are needed, got {canvases or "none"}')
+    if len(canvases) != 1:
+        raise ValueError(f'concatenate: predictions on one canvas are needed, got {canvases or "none"}')
     names = [name for p in parts for name in p.names]
     return Predictions(names, *(np.concatenate([getattr(p, field) for p in parts]) for field in ('inputs', 'outputs', 'q_halt')), canvases[0])
 
@@ -202,7 +203,8 @@ def of_best_views(
     score: np.ndarray,  # (N,) how much each prediction's view is worth, as the number of demonstrations it answers right
 ) -> Predictions:       # for each task those of the views with its highest score
     "Leave out the predictions of all views but each task's best"
-    if score.shape != (len(predictions),): raise ValueError(f'of_best_views: a score for each of the {len(predictions)} predictions is needed, got {score.shape}')
+    if score.shape != (len(predictions),):
+        raise ValueError(f'of_best_views: a score for each of the {len(predictions)} predictions is needed, got {score.shape}')
     if not np.isfinite(score).all(): raise ValueError('of_best_views: a score is not finite')
     tasks, of = np.unique([Augmentation.from_name(name)[0] for name in predictions.names], return_inverse=True)
     best = np.full(len(tasks), -np.inf)
