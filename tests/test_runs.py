@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from etrm.experiments import experiment
-from etrm.experiments import studies
-from etrm.training.checkpoints import load_training_state
+from etrm.experiments import experiment, studies
+from etrm.training.saving import load_training_state
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.experiments.experiment import pretrain

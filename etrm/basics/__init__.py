@@ -6,4 +6,6 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/0_basics/00_index.ipynb #bdb3b04c
-MODULES = ('files', 'settings', 'threads', 'devices', 'distributed')  # in reading order
+MODULES = (  # in reading order
+    'files', 'settings', 'threads', 'devices', 'distributed', 'plain_yaml',
+)

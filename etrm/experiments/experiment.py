@@ -46,11 +46,11 @@ from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder
 from ..tasks.grids import PAD
 from ..tasks.task import Task
-from etrm.training.checkpoints import (
-    Checkpoint, CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint,
-    load_strictly, load_training_state, read_config, read_tensors, remove, row_names,
-    save_checkpoint, check_names,
-)
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config, read_tensors, row_names
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
+from ..training.saving import finish_interrupted_save, load_training_state, remove, save_checkpoint
+from ..training.weights import compare_decoders, load_strictly
 from ..training.optim import AdamATan2
 from ..training.records import new_run_folder
 from ..training.gradients import grad_norm

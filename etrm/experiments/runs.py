@@ -16,7 +16,8 @@ from typing import Iterator
 import yaml
 from pydantic import ValidationError
 
-from ..training.checkpoints import Checkpoint, finish_interrupted_save, load_training_state
+from ..training.checkpoints import Checkpoint
+from ..training.saving import finish_interrupted_save, load_training_state
 from .configurations import ExperimentConfig
 from ..basics.distributed import from_first, is_first
 from ..basics.files import new_file

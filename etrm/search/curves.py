@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 
-from ..training.checkpoints import Checkpoint, CheckpointError, load_checkpoint, check_names
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
 from ..data.batches import labels_of
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.contexts import PuzzleEmbedding, shuffled
