@@ -29,7 +29,7 @@ from ..basics.distributed import from_first, is_first, sum_over_ranks, world_siz
 from ..basics.files import markdown_table, new_file
 from ..data.batches import labels_of
 from ..data.stream import Stream
-from ..data.novelty import bits_by_task, new_under_all
+from ..data.novelty import new_view_bits, tasks_new_in_all_views
 from ..evaluation.votes import of_new_views, Predictions, vote, Votes
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..data.queries import Queries
@@ -179,7 +179,7 @@ def score(
     solved = {t.name: all(inputs) for t, inputs in zip(tasks, scores.first)}
     row = dict(set=name, method=method, **Rate.of(solved.values()).as_dict(), pass_at_k=scores.as_dict(), tasks=solved)
     if new is None: return row, votes
-    bits = bits_by_task(new)
+    bits = new_view_bits(new)
     some = [t for t in tasks if '1' in bits[t.name]]
     first = pass_at_k(vote(of_new_views(predictions, new), some), some).first if some else []
     return row | dict(new_views=bits, tasks_new_views={t.name: all(inputs) for t, inputs in zip(some, first)}), votes
@@ -198,7 +198,7 @@ def solved_among(
     if among == 'all views': return row['tasks']
     if 'new_views' not in row: raise ValueError('these results do not say which views are new: evaluate the checkpoint again')
     if among == 'new views': return row['tasks_new_views']
-    return {task: row['tasks'][task] for task in new_under_all(row['new_views'])}
+    return {task: row['tasks'][task] for task in tasks_new_in_all_views(row['new_views'])}
 
 
 def evaluate(
