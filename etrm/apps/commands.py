@@ -24,7 +24,7 @@ from ..basics.devices import device_of, say_device
 from ..basics.distributed import processes
 from ..basics.files import plain_lines, takes_any_text
 from ..experiments.configurations import ExperimentConfig, load_config
-from ..experiments.experiment import through
+from ..experiments.loading import through
 from ..model.decoder import DecoderConfig
 from ..training.checkpoints import Checkpoint, CheckpointError, decoder_config, read_config
 from ..training.stopping import Stopped, stops_interrupt

@@ -22,7 +22,7 @@ from ..experiments.configurations import load_config
 from ..data.puzzles import puzzle_data
 from ..data.batches import Stream
 from ..model.decoder import Decoder
-from ..experiments.experiment import new_table
+from ..experiments.pretraining import new_table
 from ..basics.files import markdown_table
 from ..experiments.task_sets import make_task_sets
 from ..basics.threads import USERS_OWN

@@ -30,7 +30,7 @@ from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_search, png
 from ..evaluation.submissions import no_answers
 from ..experiments.configurations import ExperimentConfig
-from ..experiments.experiment import load_encoder, new_to, table_for
+from ..experiments.loading import load_encoder, new_to, table_for
 from ..experiments.tables import configuration_for
 from ..search import chains, curves
 from ..tasks.task import Task, check_fits, fits, load_tasks

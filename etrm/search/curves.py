@@ -28,7 +28,7 @@ from ..basics.devices import where_is
 from ..evaluation.scores import pass_at_k
 from ..evaluation.intervals import Rate
 from ..evaluation.submissions import submission
-from ..experiments.experiment import load_encoder
+from ..experiments.loading import load_encoder
 from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, measured_row, measures
 from ..tasks.task import digest, Task
