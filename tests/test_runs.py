@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from etrm.experiments import experiment, runs as of_runs, studies
-from etrm.training.checkpoints import load_training_state
+from etrm.training.saving import load_training_state
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.experiments.pretraining import pretrain

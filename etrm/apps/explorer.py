@@ -26,12 +26,12 @@ from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.decoder import Decoder
 from ..basics.devices import where_is
 from ..data.puzzles import unaugmented
-from ..training.checkpoints import check_names
 from ..evaluation.answers import answer, contexts_of
 from ..tasks.grids import draw_grid, tokens_to_grid
 from ..evaluation.plots import literal
 from ..tasks.task import Task, check_fits, load_tasks
 from ..evaluation.votes import Candidate, vote
+from ..training.row_names import check_names
 
 # %% ../../nbs/api/8_apps/01_explorer.ipynb #b30e98ac
 @torch.no_grad()

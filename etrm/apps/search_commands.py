@@ -20,7 +20,9 @@ from typing import Annotated
 
 import typer
 
-from .commands import LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile
+from etrm.apps.commands import (
+    LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile,
+)
 from .commands import TasksPlace, announced, config_through, names_of, sizes_of
 from ..basics.files import markdown_table, new_file, new_folder
 from ..data.novelty import bits_of_inputs
@@ -34,7 +36,8 @@ from ..experiments.loading import load_encoder, new_to, table_for
 from ..experiments.tables import configuration_for
 from ..search import chains, curves
 from ..tasks.task import Task, check_fits, fits, load_tasks
-from ..training.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..training.saving import save_checkpoint
 
 # %% ../../nbs/api/8_apps/08_search_commands.ipynb #ab74c0d7
 searching = Commands()

@@ -28,7 +28,7 @@ from ..model.losses import stablemax_cross_entropy
 from ..search.search import search
 from ..tasks.grids import PAD
 from ..tasks.task import Task
-from ..training.checkpoints import check_names
+from ..training.row_names import check_names
 from ..training.extras import Batch, contrast, Extras
 from ..training.trainer import Trainer
 

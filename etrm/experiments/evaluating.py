@@ -26,7 +26,9 @@ from .task_sets import make_task_sets, newness
 from ..model.contexts import CONTROLS, PuzzleEmbedding
 from ..model.decoder import Decoder
 from ..tasks.task import Task
-from ..training.checkpoints import check_names, Checkpoint, CheckpointError, load_checkpoint
+from ..training.row_names import check_names
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..training.checksums import CheckpointError
 from ..training.statistics import context_statistics
 
 # %% ../../nbs/api/7_experiments/08_evaluating.ipynb #2ef16406

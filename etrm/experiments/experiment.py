@@ -31,10 +31,16 @@ from .verdicts import closing, verdict_file, verdicts_of
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
 from ..tasks.task import Task
-from ..training.checkpoints import check_names, Checkpoint, CheckpointError, compare_decoders, load_checkpoint
-from ..training.checkpoints import read_tensors, remove
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..training.checkpoints import read_tensors
 from ..training.records import new_run_folder
 from ..training.stopping import Stopped
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
+from etrm.training.saving import (
+    finish_interrupted_save, load_training_state, remove, save_checkpoint,
+)
+from ..training.weights import compare_decoders, load_strictly
 
 # %% ../../nbs/api/7_experiments/10_experiment.ipynb #ae97b2ff
 def check_decoder(

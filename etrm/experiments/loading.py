@@ -22,7 +22,8 @@ from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder
 from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read_config
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
+from ..training.checksums import CheckpointError
 
 # %% ../../nbs/api/7_experiments/04_loading.ipynb #0247fa04
 def saved_config(

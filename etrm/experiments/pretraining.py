@@ -21,7 +21,9 @@ from .task_sets import make_task_sets
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
 from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, check_names, load_strictly, row_names
+from ..training.checkpoints import Checkpoint, row_names
+from ..training.row_names import check_names
+from ..training.weights import load_strictly
 from ..training.trainer import Trainer
 
 # %% ../../nbs/api/7_experiments/05_pretraining.ipynb #b374913a

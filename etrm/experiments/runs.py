@@ -19,8 +19,11 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from ..training.checkpoints import Checkpoint, CheckpointError, finish_interrupted_save, load_strictly, load_training_state
-from ..training.checkpoints import read_config, read_tensors, save_checkpoint
+from ..training.checkpoints import Checkpoint
+from ..training.checksums import CheckpointError
+from ..training.weights import load_strictly
+from ..training.checkpoints import read_config, read_tensors
+from ..training.saving import save_checkpoint
 from ..training.loop import Loop
 from ..training.pace import insisting
 from ..training.stopping import finishing
@@ -29,6 +32,7 @@ from ..basics.distributed import from_first, is_first
 from ..basics.files import new_file
 from ..tasks.task import read_json
 from ..training.records import Record, alone_in, start_wandb
+from ..training.saving import finish_interrupted_save, load_training_state
 
 # %% ../../nbs/api/7_experiments/03_runs.ipynb #fcbc2db3
 def fingerprint(

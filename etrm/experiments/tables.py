@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from ..training.checkpoints import Checkpoint, CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors, row_names, check_names
+from etrm.training.checkpoints import (
+    Checkpoint, load_checkpoint, read_config, read_tensors, row_names,
+)
 from .configurations import ExperimentConfig, load_config
 from ..model.contexts import PuzzleEmbedding
 from ..data.puzzles import PuzzleData, puzzle_data
@@ -32,6 +34,9 @@ from ..tasks.patterns import onehot_programs, pattern_tasks
 from ..tasks.rules import sample_rules
 from ..tasks.task import Task, load_challenges, read_json
 from ..evaluation.votes import Predictions, Votes, concatenate
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
+from ..training.sizes import decoder_config
 
 # %% ../../nbs/api/7_experiments/11_tables.ipynb #aa7b4cb1
 def model_type(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 
-from ..training.checkpoints import Checkpoint, CheckpointError, load_checkpoint, check_names
+from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..data.batches import labels_of
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.contexts import PuzzleEmbedding, shuffled
@@ -38,6 +38,8 @@ from ..model.losses import stablemax_cross_entropy
 from ..data.novelty import bits_of_inputs
 from ..evaluation.votes import of_new_views, Predictions, of_best_views, vote
 from ..experiments.task_sets import make_task_sets, newness
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
 
 # %% ../../nbs/api/6_search/02_curves.ipynb #e96f647f
 @torch.no_grad()
