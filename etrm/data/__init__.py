@@ -6,4 +6,4 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/2_data/00_index.ipynb #3534e79d
-MODULES = ('puzzles', 'batches', 'dataset', 'queries', 'novelty')  # in reading order
+MODULES = ('puzzles', 'batches', 'dataset', 'queries', 'layout', 'stream', 'novelty')  # in reading order

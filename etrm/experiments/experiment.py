@@ -27,7 +27,8 @@ from torch import nn, Tensor
 from ..basics.devices import where_is
 from ..basics.distributed import from_first, is_first, sum_over_ranks, world_size
 from ..basics.files import markdown_table, new_file
-from ..data.batches import Stream, labels_of
+from ..data.batches import labels_of
+from ..data.stream import Stream
 from ..data.novelty import bits_by_task, new_under_all
 from ..evaluation.votes import of_new_views, Predictions, vote, Votes
 from ..data.puzzles import puzzle_data, PuzzleData
@@ -274,8 +275,9 @@ def train_encoder(
     "Train a demonstration encoder through the decoder."
     encoder = new_encoder(config, decoder, table).to(where_is(decoder))
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
-    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate, decoder.config.crop is not None, config.demos,
-                    opening_updates(train, data, config.curriculum * config.train.steps) if config.curriculum else None)
+    opens = opening_updates(train, data, config.curriculum * config.train.steps) if config.curriculum else None
+    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate,
+                    extents=decoder.config.crop is not None, demos=config.demos, opens=opens)
     if table is not None and (config.regression or config.train.rows): check_names(table.names, data, "the decoder's table")
     parts, checkpoint = dict(decoder=decoder, encoder=encoder), record.checkpoint if isinstance(record, Run) else None
     if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()

@@ -26,7 +26,7 @@ from ..training.sizes import decoder_config
 from .configurations import ExperimentConfig, beside, load_config
 from ..model.contexts import mean, shuffled, PuzzleEmbedding
 from ..data.puzzles import puzzle_data
-from ..data.batches import Stream
+from ..data.stream import Stream
 from ..model.decoder import Decoder
 from ..evaluation.intervals import clopper_pearson, mean_difference
 from etrm.experiments.experiment import (
