@@ -37,7 +37,7 @@ def reads(monkeypatch) -> dict[str, list]:
     of = lambda file: Path(file).parent.parent.name
     monkeypatch.setattr(weights, 'load_file', lambda file, *more: found['read'].append(of(file)) or load_file(file, *more))
     monkeypatch.setattr(checkpoints, 'sha256', lambda file: (Path(file).suffix == '.safetensors' and found['hashed'].append(of(file))) or sha256(file))
-    monkeypatch.setattr(data, 'assemble', lambda *args: found['laid_out'].append(len(args[1])) or assemble(*args))
+    monkeypatch.setattr(data, 'assemble', lambda *args: found['laid_out'].append(len(args[1].puzzles)) or assemble(*args))
     return found
 
 

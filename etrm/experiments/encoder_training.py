@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..basics.devices import where_is
-from ..data.batches import labels_of, Stream
+from ..data.batches import labels_of
+from ..data.stream import Stream
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..data.queries import Queries
 from ..evaluation.answers import contexts_of, measures

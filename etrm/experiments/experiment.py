@@ -31,16 +31,14 @@ from .verdicts import closing, verdict_file, verdicts_of
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
 from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, load_checkpoint
-from ..training.checkpoints import read_tensors
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_tensors
 from ..training.records import new_run_folder
 from ..training.stopping import Stopped
 from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
-from etrm.training.saving import (
-    finish_interrupted_save, load_training_state, remove, save_checkpoint,
-)
-from ..training.weights import compare_decoders, load_strictly
+from ..training.saving import remove
+from ..training.weights import compare_decoders
+from ..data.stream import Stream
 
 # %% ../../nbs/api/7_experiments/10_experiment.ipynb #ae97b2ff
 def check_decoder(

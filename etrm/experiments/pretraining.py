@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.batches import Stream
+from ..data.stream import Stream
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
 from ..data.queries import Queries
 from ..evaluation.answers import exact_hits

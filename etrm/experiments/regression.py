@@ -14,7 +14,7 @@ from torch import nn, Tensor
 
 from ..basics.devices import where_is
 from ..basics.distributed import sum_over_ranks, world_size
-from ..data.batches import Stream
+from ..data.stream import Stream
 from ..data.puzzles import PuzzleData
 from .configurations import ExperimentConfig, RegressionConfig
 from .runs import Run, TrainingCheckpoint

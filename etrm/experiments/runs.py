@@ -31,8 +31,9 @@ from .configurations import ExperimentConfig
 from ..basics.distributed import from_first, is_first
 from ..basics.files import new_file
 from ..tasks.task import read_json
-from ..training.records import Record, alone_in, start_wandb
+from ..training.records import Record, lock_folder
 from ..training.saving import finish_interrupted_save, load_training_state
+from ..training.tracking import start_wandb
 
 # %% ../../nbs/api/7_experiments/03_runs.ipynb #fcbc2db3
 def fingerprint(
@@ -213,7 +214,7 @@ def open_run(
         def begin():
             check_place(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(alone_in(folder))
+            held.enter_context(lock_folder(folder))
             for name in CHECKPOINTS: finish_interrupted_save(folder / name)
             begun = (folder / 'settings.json').exists()
             _claim(folder, settings)

@@ -24,7 +24,6 @@ from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from .configurations import ExperimentConfig, beside, load_config
 from ..model.contexts import mean, shuffled, PuzzleEmbedding
 from ..data.puzzles import puzzle_data
-from ..data.batches import Stream
 from ..model.decoder import Decoder
 from ..evaluation.intervals import clopper_pearson, mean_difference
 from .encoder_training import extras_of, new_encoder, train_encoder
@@ -34,9 +33,7 @@ from ..data.queries import Queries
 from ..evaluation.answers import contexts_of, measured_row, measures
 from ..tasks.task import digest, read_json
 from ..basics.files import new_file
-from etrm.experiments.runs import (
-    Run, RunState, check_place, check_settings, open_run, run_state, settings_of,
-)
+from .runs import Run, RunState, check_place, check_settings, open_run, run_state, settings_of
 from ..search.curves import search_curves
 from ..basics.settings import Settings
 from ..data.novelty import bits_of_inputs
@@ -44,6 +41,7 @@ from ..training.trainer import Trainer
 from .task_sets import make_task_sets
 from ..basics.plain_yaml import read_plain_yaml
 from ..training.sizes import decoder_config
+from ..data.stream import Stream
 
 # %% ../../nbs/api/7_experiments/12_studies.ipynb #75e8ae54
 FOLDER_NAME = r'^[A-Za-z0-9_+-][A-Za-z0-9_.+ -]*$'  # of studies and variants: each has a folder
