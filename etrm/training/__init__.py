@@ -5,9 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/4_training/00_index.ipynb #a1530ed7
-MODULES = (  # in reading order
-    'optim', 'records', 'checksums', 'weights', 'saving', 'sizes', 'row_names', 'checkpoints',
-    'description', 'official', 'gradients', 'statistics', 'stopping', 'faults', 'pace', 'clock',
-    'loop', 'extras', 'trainer',
-)
+# %% ../../nbs/api/4_training/00_index.ipynb #26ba9111
+MODULES = ('optim', 'records', 'checksums', 'weights', 'saving', 'sizes', 'row_names', 'checkpoints', 'description', 'official', 'gradients', 'statistics', 'stopping', 'faults', 'pace', 'clock', 'loop', 'extras', 'trainer')  # in reading order
