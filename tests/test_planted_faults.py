@@ -14,9 +14,10 @@ from etrm.evaluation.checks import CheckError, check_answers, check_contexts, ch
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.data.puzzles import puzzle_data
-from etrm.data.batches import Stream, to_tensors
+from etrm.data.batches import to_tensors
+from etrm.data.stream import Stream
 from etrm.model.encoders import DemoEncoder
-from etrm.experiments.experiment import new_encoder
+from etrm.experiments.encoder_training import new_encoder
 from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import LeakageError, check_leakage
 from etrm.model.contexts import context_of

@@ -20,7 +20,10 @@ from typing import Annotated
 
 import typer
 
-from .commands import LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile, TasksPlace, announced, config_through, names_of, sizes_of
+from etrm.apps.commands import (
+    LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile,
+)
+from .commands import TasksPlace, announced, config_through, names_of, sizes_of
 from ..basics.files import markdown_table, new_file, new_folder
 from ..data.novelty import bits_of_inputs
 from ..data.puzzles import puzzle_data
@@ -29,7 +32,7 @@ from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_search, png
 from ..evaluation.submissions import no_answers
 from ..experiments.configurations import ExperimentConfig
-from ..experiments.experiment import load_encoder, new_to, table_for
+from ..experiments.loading import load_encoder, new_to, table_for
 from ..experiments.tables import configuration_for
 from ..search import chains, curves
 from ..tasks.task import Task, check_fits, fits, load_tasks

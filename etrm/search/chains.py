@@ -28,7 +28,7 @@ from ..model.encoders import DemoEncoder
 from ..evaluation.scores import pass_at_k
 from ..evaluation.intervals import Rate
 from ..evaluation.submissions import submission
-from ..experiments.experiment import load_encoder, table_for
+from ..experiments.loading import load_encoder, table_for
 from ..data.queries import Queries
 from ..tasks.grids import COLOUR_OFFSET, EOS, PAD, token_sizes
 from ..model.losses import stablemax_cross_entropy

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm, trange
 
 from ..training.checkpoints import Checkpoint, load_checkpoint
-from ..training.checksums import CheckpointError
-from ..training.row_names import check_names
 from ..data.batches import labels_of
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.contexts import PuzzleEmbedding, shuffled
@@ -30,7 +28,7 @@ from ..basics.devices import where_is
 from ..evaluation.scores import pass_at_k
 from ..evaluation.intervals import Rate
 from ..evaluation.submissions import submission
-from ..experiments.experiment import load_encoder
+from ..experiments.loading import load_encoder
 from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, measured_row, measures
 from ..tasks.task import digest, Task
@@ -40,6 +38,8 @@ from ..model.losses import stablemax_cross_entropy
 from ..data.novelty import bits_of_inputs
 from ..evaluation.votes import of_new_views, Predictions, of_best_views, vote
 from ..experiments.task_sets import make_task_sets, newness
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
 
 # %% ../../nbs/api/6_search/02_curves.ipynb #e96f647f
 @torch.no_grad()

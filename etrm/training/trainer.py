@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..basics.distributed import broadcast, gather, gather_touched, is_first, sum_over_ranks, world_size
-from ..data.batches import Stream
+from ..data.stream import Stream
 from ..model.contexts import PuzzleEmbedding, context_of
 from ..model.decoder import Carry, Decoder
 from ..model.losses import trm_loss
