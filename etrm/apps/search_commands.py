@@ -25,7 +25,7 @@ from etrm.apps.commands import (
 )
 from .commands import TasksPlace, announced, config_through, names_of, sizes_of
 from ..basics.files import markdown_table, new_file, new_folder
-from ..data.novelty import bits_of_inputs
+from ..data.novelty import new_view_bits_by_input
 from ..data.puzzles import puzzle_data
 from ..experiments.task_sets import make_task_sets, validation_tasks
 from ..evaluation.intervals import Rate
@@ -283,7 +283,7 @@ def search_chains(
         chosen = chosen_sets(config, sets)
         if compiled: frozen.compile_parts('blocks')
         for name, tasks in chosen.items():
-            bits = bits_of_inputs(new(name, puzzle_data(tasks, config.decoder.canvas)), tasks)
+            bits = new_view_bits_by_input(new(name, puzzle_data(tasks, config.decoder.canvas)), tasks)
             found += chains.chain_rows(frozen, second, library, tasks, config.num_demos, lr, planned, set=name, new_views=bits, start=start, rows=len(library))
         print(json.dumps(found) if as_json else chains_table(found))
         write(json.dumps(found))

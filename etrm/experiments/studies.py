@@ -36,7 +36,7 @@ from ..basics.files import new_file
 from .runs import Run, RunState, check_place, check_settings, open_run, run_state, settings_of
 from ..search.curves import search_curves
 from ..basics.settings import Settings
-from ..data.novelty import bits_of_inputs
+from ..data.novelty import new_view_bits_by_input
 from ..training.trainer import Trainer
 from .task_sets import make_task_sets
 from ..basics.plain_yaml import read_plain_yaml
@@ -205,7 +205,7 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
     queries = Queries.of(data, decoder, config.num_demos, config.evaluation.batch_size)
     contexts, groups = contexts_of(source, queries)
     kinds = {'encoder': contexts, 'mean': mean(contexts, groups), 'shuffled': shuffled(contexts, groups)}
-    about = about | dict(set=name, tasks_sha256=digest(tasks), new_views=bits_of_inputs(new(name, data), tasks))
+    about = about | dict(set=name, tasks_sha256=digest(tasks), new_views=new_view_bits_by_input(new(name, data), tasks))
     return [measured_row(measures(decoder, queries, c), **about, method=kind) for kind, c in kinds.items()]
 
 

@@ -35,7 +35,7 @@ from ..tasks.task import digest, Task
 from ..basics.files import markdown_table
 from ..tasks.grids import Augmentation
 from ..model.losses import stablemax_cross_entropy
-from ..data.novelty import bits_of_inputs
+from ..data.novelty import new_view_bits_by_input
 from ..evaluation.votes import of_new_views, Predictions, of_best_views, vote
 from ..experiments.task_sets import make_task_sets, newness
 from ..training.checksums import CheckpointError
@@ -162,7 +162,7 @@ def oracle(
         fitted = {'demonstrations': demonstrations(queries)[0], 'answer': (*own, torch.ones(len(queries), 1, dtype=torch.bool))}
         extent = queries.whole('extent')[:, None] if decoder.config.crop is not None else None
         start = table.contexts().mean(0, keepdim=True).expand(len(queries), -1, -1)
-        about = dict(set=name, tasks_sha256=digest(tasks)) | (dict(new_views=bits_of_inputs(new(name, data), tasks)) if new else {})
+        about = dict(set=name, tasks_sha256=digest(tasks)) | (dict(new_views=new_view_bits_by_input(new(name, data), tasks)) if new else {})
         for what, pairs in fitted.items():
             def watch(step, contexts):
                 if step in marks: rows.append(measured_row(measures(decoder, queries, contexts), **about, fitted_to=what, steps=step))
@@ -237,7 +237,7 @@ def measured_views(
     predictions, right = answer(decoder, queries, contexts), demonstrations_right(decoder, demos, contexts)
     own = np.array(['|||' not in name for name in predictions.names])
     row = measured_row({k: v[own] for k, v in measures(decoder, queries, contexts).items()}, **about, tasks_sha256=digest(tasks)) | dict(demonstrations=right[own].tolist())
-    if new is not None: row |= dict(new_views=bits_of_inputs(new, tasks))
+    if new is not None: row |= dict(new_views=new_view_bits_by_input(new, tasks))
     if own.all(): return row
     best = of_best_views(predictions, right)
     row |= dict(views=len(queries.data.names) // len(tasks)) | voted_first('voted', predictions, tasks) | voted_first('best_voted', best, tasks)
