@@ -28,7 +28,7 @@ from ..basics.devices import where_is
 from ..data.puzzles import unaugmented
 from ..evaluation.answers import answer, contexts_of
 from ..tasks.grids import draw_grid, tokens_to_grid
-from ..evaluation.plots import literal
+from ..evaluation.plots import as_label
 from ..tasks.task import Task, check_fits, load_tasks
 from ..evaluation.votes import Candidate, vote
 from ..training.row_names import check_names
@@ -153,7 +153,7 @@ def panels(
 
 def draw_panel(ax: plt.Axes, title: str, grid: np.ndarray | None):
     "A grid under its title; where there is none, the title says so."
-    title = "\n".join(map(literal, title.split("\n")))
+    title = "\n".join(map(as_label, title.split("\n")))
     if grid is None or not grid.size: ax.set_title(f'{title}\n(no grid)', fontsize=9)
     else:
         ax.axis('on')

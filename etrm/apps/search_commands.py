@@ -29,7 +29,7 @@ from ..data.novelty import new_view_bits_by_input
 from ..data.puzzles import puzzle_data
 from ..experiments.task_sets import make_task_sets, validation_tasks
 from ..evaluation.intervals import Rate
-from ..evaluation.plots import plot_search, png
+from ..evaluation.plots import plot_search, png_bytes
 from ..evaluation.submissions import no_answers
 from ..experiments.configurations import ExperimentConfig
 from ..experiments.loading import load_encoder, new_to, table_for
@@ -234,7 +234,7 @@ def side_by_side(
     with new_file(out, '.png') as write:
         found = curves.side_by_side(named, groups, steps, marks_of(steps, (0, 5, 20, 50, 100)), views, place)
         print(json.dumps(found) if as_json else curves.format_side_by_side(found))
-        if out is not None: write(png(plot_search(found)))
+        if out is not None: write(png_bytes(plot_search(found)))
 
 
 def by_name(paths: list[Path]) -> dict[str, Path]:  # checkpoints
