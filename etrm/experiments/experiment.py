@@ -27,11 +27,11 @@ from torch import nn, Tensor
 from ..basics.devices import where_is
 from ..basics.distributed import from_first, is_first, sum_over_ranks, world_size
 from ..basics.files import markdown_table, new_file
-from ..data.batches import Stream, labels_of
+from ..data.batches import Stream
 from ..data.novelty import bits_by_task, new_under_all
 from ..evaluation.votes import of_new_views, Predictions, vote, Votes
 from ..data.puzzles import puzzle_data, PuzzleData
-from ..data.queries import Queries
+from ..data.queries import Demos, Queries
 from ..evaluation.answers import answer, contexts_of, copy_answers, exact_hits, measures
 from ..evaluation.plots import plot_contexts, plot_curves, plot_gallery, plot_results
 from ..evaluation.scores import pass_at_k
@@ -60,8 +60,7 @@ from ..model.contexts import context_of
 from ..training.trainer import Trainer
 from ..training.extras import Batch, contrast, Extras
 from ..training.loop import Loop
-from ..model.losses import stablemax_cross_entropy
-from ..search.search import search
+from ..search.search import SearchConfig, descent, frozen
 from .task_sets import make_task_sets, newness, validation_tasks
 
 # %% ../../nbs/api/7_experiments/03_experiment.ipynb #d6be2d6b
@@ -321,19 +320,17 @@ def extras_of(
     c = config.train
     return Extras(batch_losses=(contrast(encoder, c.contrast),) if c.contrast else (),
                   context_losses=(near_embeddings(config, table, where_is(decoder)),) if c.rows else (),
-                  refine=searching(decoder, c.search_steps, c.search_lr, c.search_rule) if c.search_steps else None)
+                  refine=searching(decoder, config.search.with_(steps=c.search_steps)) if c.search_steps else None)
 
 
 def searching(
     decoder: Decoder,
-    steps: int,
-    lr: float,
-    rule: str,  # as of `search`
+    config: SearchConfig,
 ) -> Callable[[Tensor, Batch], Tensor]:
     "A refinement: the context after a search on the demonstrations; the gradient takes the way as a constant, as in arXiv 2411.08706."
     def refine(context: Tensor, batch: Batch) -> Tensor:
-        demos = batch['demo_inputs'], labels_of(batch['demo_labels']), batch['demo_mask']
-        found, _ = search(decoder, *demos, context, stablemax_cross_entropy, steps, lr, rule=rule, check=False)  # `Faults` notes it, without waiting
+        with frozen(decoder):
+            *_, (found, _) = descent(decoder, Demos.of(batch), context, config)  # `Faults` notes what is not finite, without waiting
         return context + (found - context.detach())
     return refine
 

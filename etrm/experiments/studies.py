@@ -37,7 +37,9 @@ from ..evaluation.answers import contexts_of, measured_row, measures
 from ..tasks.task import digest, read_json
 from ..basics.files import new_file
 from .runs import Run, check_place, check_settings, open_run, settings_of
+from ..search.asked import asked_sets
 from ..search.curves import search_curves
+from ..search.starts import Starts
 from ..basics.settings import Settings
 from ..data.novelty import bits_of_inputs
 from ..training.trainer import Trainer
@@ -211,7 +213,8 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
 
 def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, new: Callable, about: dict) -> list[dict]:
     "Rows for each set: answers after a search from the encoder's contexts."
-    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',), rule=config.train.search_rule, new=new)
+    asked, start = asked_sets(decoder, sets, config.num_demos, new=new), Starts(encoder, names=('encoder',))
+    found = search_curves(decoder, start, asked, config.search.with_(steps=steps), (steps,))
     return [about | {k: v for k, v in row.items() if k not in ('start', 'steps', 'demonstrations')} | dict(method='searched', search_steps=steps) for row in found]
 
 # %% ../../nbs/api/7_experiments/05_studies.ipynb #afb5613a
