@@ -25,8 +25,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from etrm.training import checkpoints
-from etrm.training.checkpoints import CheckpointError, finish_interrupted_save, load_checkpoint, load_training_state, read_pickle, read_tensors, save_checkpoint
+from etrm.training import saving
+from etrm.training.checkpoints import load_checkpoint, read_tensors
+from etrm.training.checksums import CheckpointError
+from etrm.training.saving import finish_interrupted_save, load_training_state, save_checkpoint
+from etrm.training.weights import read_pickle
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.model.contexts import PuzzleEmbedding
@@ -114,9 +117,9 @@ def test_no_room_midway_keeps_the_last_checkpoint(saved, parts, size):
     assert [p.name for p in saved.parent.iterdir()] == ['good']  # no half of the new one takes up room
 
 
-@pytest.mark.parametrize('where', ['save_file', 'torch.save', 'write_sums'])
+@pytest.mark.parametrize('where', ['save_file', 'torch.save', 'write_checksums'])
 def test_full_disk_at_each_file_keeps_the_last_checkpoint(saved, parts, where, monkeypatch):
-    monkeypatch.setattr(*((torch, 'save') if where == 'torch.save' else (checkpoints, where)), full)
+    monkeypatch.setattr(*((torch, 'save') if where == 'torch.save' else (saving, where)), full)
     with pytest.raises(CheckpointError, match='No space left on device'): save_checkpoint(saved, parts, dict(decoder=SIZES.model_dump()), dict(updates=4))
     assert is_good(saved, parts) and load_training_state(saved)['updates'] == 3
 
@@ -166,14 +169,14 @@ at, folder = sys.argv[1:]
 def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
 def second(*args): die() if Path(args[1]).name == 'good' else real(*args)
 real = os.replace
-if at == 'weights': checkpoints.save_file = die
+if at == 'weights': saving.save_file = die
 if at == 'state': torch.save = die
 if at == 'first rename': os.replace = die
 if at == 'second rename': os.replace = second
-if at == 'removing': real_remove = checkpoints.shutil.rmtree; checkpoints.shutil.rmtree = lambda path, **k: die() if Path(path).exists() else None
+if at == 'removing': real_remove = saving.shutil.rmtree; saving.shutil.rmtree = lambda path, **k: die() if Path(path).exists() else None
 torch.manual_seed(1)
 sizes = DecoderConfig(canvas=3, hidden_size=32, num_heads=4, H_cycles=1, L_cycles=2, L_layers=1, puzzle_emb_len=2, halt_max_steps=2, forward_dtype='float32')
-checkpoints.save_checkpoint(folder + '/good', dict(decoder=Decoder(sizes)), dict(decoder=sizes.model_dump()), dict(updates=4))
+saving.save_checkpoint(folder + '/good', dict(decoder=Decoder(sizes)), dict(decoder=sizes.model_dump()), dict(updates=4))
 '''
 
 
@@ -182,7 +185,7 @@ def test_killed_during_a_save_leaves_a_whole_checkpoint(saved, parts, at):
     child = os.fork()  # without a new interpreter: the libraries are loaded already
     if child == 0:
         sys.argv = ['save', at, str(saved.parent)]
-        try: exec(KILLED_AT, {})
+        try: exec(KILLED_AT, dict(saving=saving, Decoder=Decoder, DecoderConfig=DecoderConfig))
         finally: os._exit(3)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     finish_interrupted_save(saved)

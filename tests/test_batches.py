@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import etrm.data.batches
+import etrm.data.layout
 from etrm.data.puzzles import gather_pairs, puzzle_data
-from etrm.data.batches import Stream, assemble
+from etrm.data.batches import assemble
+from etrm.data.stream import Stream
 from etrm.tasks.task import Pair, Task
 
 SLICES = {'whole': slice(None), 'second half': slice(12, 24)}
@@ -130,11 +131,9 @@ def test_a_seed_means_what_it_meant(data, options):
 def test_laid_out_on_a_device_as_by_hand(data, options, monkeypatch):
     "Whole or in parts that fit the cache."
     stream = make_stream(DATA[data](), OPTIONS[options])
-    drawn = stream.draw(11)
-    queries = drawn.pairs[:, 0] if stream.extents else None
-    by_hand = assemble(stream.data, drawn.puzzles, *gather_pairs(stream.data, drawn.pairs, drawn.puzzles, drawn.offsets), drawn.mask, queries)
+    by_hand = assemble(stream.data, stream.draw(11), stream.extents)
     for at_once in (1, 2**30):
-        monkeypatch.setattr(etrm.data.batches, 'AT_ONCE', at_once)
+        monkeypatch.setattr(etrm.data.layout, 'CPU_CHUNK', at_once)
         found = stream.tensors(11)
         assert sorted(found) == sorted(by_hand)
         for name, values in by_hand.items(): assert np.array_equal(found[name].numpy(), values), name

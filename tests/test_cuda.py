@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from etrm.apps.bench import format_rows, measure, random_tasks, training_step
-from etrm.data.batches import Stream
+from etrm.data.stream import Stream
 from etrm.data.puzzles import puzzle_data
 from etrm.model.contexts import PuzzleEmbedding, noise
 from etrm.data.queries import Demos

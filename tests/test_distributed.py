@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from etrm.training.checkpoints import read_tensors
 from etrm.experiments.configurations import load_config
 from etrm.data.puzzles import puzzle_data
-from etrm.data.batches import Stream
+from etrm.data.stream import Stream
 from etrm.model.decoder import Decoder
 from etrm.basics.distributed import draw, processes
 from etrm.experiments.experiment import evaluate, new_encoder, new_table, pretrain, train_encoder

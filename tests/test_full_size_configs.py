@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from etrm.training.checkpoints import compare_decoders, read_tensors
+from etrm.training.checkpoints import read_tensors
+from etrm.training.weights import compare_decoders
 from etrm.apps.cli import app
 from etrm.experiments.configurations import config_names, load_config
 from etrm.experiments.task_sets import make_task_sets

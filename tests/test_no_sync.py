@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from etrm.model.contexts import PuzzleEmbedding
 from etrm.data.puzzles import puzzle_data
-from etrm.data.batches import Stream
+from etrm.data.stream import Stream
 from etrm.model.decoder import Decoder, DecoderConfig
 from etrm.model.encoders import DemoEncoder, EncoderConfig
 from etrm.experiments.experiment import EmbeddingLosses, searching

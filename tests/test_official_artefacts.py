@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
-from etrm.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from etrm.training.checkpoints import load_checkpoint
+from etrm.training.checksums import CheckpointError
+from etrm.training.saving import save_checkpoint
 from etrm.model.contexts import PuzzleEmbedding
 from etrm.model.decoder import Decoder, DecoderConfig
 from etrm.training.official import export_official

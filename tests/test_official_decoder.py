@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from etrm.training.checkpoints import compare_decoders, load_checkpoint, read_tensors
+from etrm.training.checkpoints import load_checkpoint, read_tensors
+from etrm.training.weights import compare_decoders
 from etrm.model.decoder import Decoder
 from etrm.model.losses import trm_loss
 from test_recursion import steps as by_equations

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from etrm.training import checkpoints
+from etrm.training import checkpoints, weights
 from etrm.data import batches as data
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
@@ -32,11 +32,11 @@ def made(tmp_path_factory) -> Path:
 def reads(monkeypatch) -> dict[str, list]:
     "What is read, hashed and laid out: weights by their folder, batches by their number of samples."
     found = dict(read=[], hashed=[], laid_out=[])
-    load_file, sha256, assemble = checkpoints.load_file, checkpoints.sha256, data.assemble
+    load_file, sha256, assemble = weights.load_file, checkpoints.sha256, data.assemble
     of = lambda file: Path(file).parent.parent.name
-    monkeypatch.setattr(checkpoints, 'load_file', lambda file, *more: found['read'].append(of(file)) or load_file(file, *more))
+    monkeypatch.setattr(weights, 'load_file', lambda file, *more: found['read'].append(of(file)) or load_file(file, *more))
     monkeypatch.setattr(checkpoints, 'sha256', lambda file: (Path(file).suffix == '.safetensors' and found['hashed'].append(of(file))) or sha256(file))
-    monkeypatch.setattr(data, 'assemble', lambda *args: found['laid_out'].append(len(args[1])) or assemble(*args))
+    monkeypatch.setattr(data, 'assemble', lambda *args: found['laid_out'].append(len(args[1].puzzles)) or assemble(*args))
     return found
 
 

@@ -8,17 +8,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from etrm.training.checkpoints import CheckpointError, load_checkpoint
+from etrm.training.checkpoints import load_checkpoint
+from etrm.training.checksums import CheckpointError
 from etrm.evaluation.checks import CheckError, check_answers, check_contexts, check_gradients
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.data.puzzles import puzzle_data
-from etrm.data.batches import Stream
+from etrm.data.batches import to_tensors
+from etrm.data.stream import Stream
 from etrm.model.encoders import DemoEncoder
 from etrm.experiments.experiment import new_encoder
 from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import LeakageError, check_leakage
-from etrm.data.batches import to_tensors
 from etrm.model.contexts import context_of
 
 LAB = Path(__file__).resolve().parent.parent / 'checkpoints' / 'lab_decoder'

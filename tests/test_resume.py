@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from etrm.training import checkpoints
-from etrm.training.checkpoints import finish_interrupted_save, load_checkpoint, load_training_state, read_tensors
+from etrm.training import saving
+from etrm.training.checkpoints import load_checkpoint, read_tensors
+from etrm.training.saving import finish_interrupted_save, load_training_state
 from etrm.experiments.configurations import load_config
 from etrm.model.decoder import Decoder
 from etrm.experiments.experiment import pretrain, save_first, train_encoder
@@ -57,8 +58,8 @@ def die_in_a_save(at: int):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
         return act
-    tensors_to, state_to = checkpoints.save_file, torch.save
-    checkpoints.save_file, torch.save = watched(tensors_to), watched(state_to)
+    tensors_to, state_to = saving.save_file, torch.save
+    saving.save_file, torch.save = watched(tensors_to), watched(state_to)
     os.replace, shutil.rmtree = watched(os.replace), watched(shutil.rmtree)
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from etrm.experiments import experiment
-from etrm.experiments import studies
-from etrm.training.checkpoints import load_training_state
+from etrm.experiments import experiment, studies
+from etrm.training.saving import load_training_state
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.experiments.experiment import pretrain
-from etrm.training.records import alone_in, read_record
+from etrm.training.records import lock_folder, read_record
 
 SIZES = ['decoder.canvas=5', 'decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=2']
 SHORT = ['tasks.max_train_groups=4', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=4', 'evaluation.num_aug=0',
@@ -71,7 +70,7 @@ def another_process(folder: Path):
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with alone_in(folder):
+        with lock_folder(folder):
             os.write(writing, b'1')
             time.sleep(300)
         os._exit(0)
@@ -131,7 +130,7 @@ def test_a_record_without_its_checkpoint_is_kept(decoders, tmp_path, monkeypatch
 
 def is_held(folder: Path) -> bool:
     try:
-        with alone_in(folder): return False
+        with lock_folder(folder): return False
     except ValueError: return True
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
-from etrm.training import checkpoints, pace, stopping
-from etrm.training.checkpoints import load_checkpoint, load_training_state, read_tensors
+from etrm.training import pace, saving, stopping
+from etrm.training.checkpoints import load_checkpoint, read_tensors
+from etrm.training.checksums import CheckpointError
+from etrm.training.saving import load_training_state
 from etrm.experiments.configurations import load_config
 from etrm.basics.distributed import processes
 from etrm.experiments.experiment import pretrain, train_encoder
@@ -125,12 +127,12 @@ def test_two_processes_stop_at_the_same_update(loop, first, apart, table, tmp_pa
 
 def fails(times: list[int], monkeypatch):
     "Writing a checkpoint fails, as on a full disk, at the calls of these numbers, from 0."
-    calls, real = [], checkpoints.write_files
+    calls, real = [], saving._write_files
     def write(*args):
         calls.append(0)
         if len(calls) - 1 in times: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args)
-    monkeypatch.setattr(checkpoints, 'write_files', write)
+    monkeypatch.setattr(saving, '_write_files', write)
     monkeypatch.setattr(pace, 'WAITS', (0, 0))
     return calls
 
@@ -149,7 +151,7 @@ def test_the_last_save_of_the_regression_is_tried_again(table, tmp_path, monkeyp
 
 def test_without_room_for_the_last_save_the_one_before_is_left(tmp_path, monkeypatch):
     fails([1, 2, 3], monkeypatch)
-    with warnings.catch_warnings(), pytest.raises(checkpoints.CheckpointError, match='The checkpoint of before is as it was'):
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match='The checkpoint of before is as it was'):
         warnings.simplefilter('ignore')
         table_of(tmp_path, 'pretrain.steps=3')
     assert load_training_state(tmp_path / 'checkpoint')['updates'] == 0
@@ -159,18 +161,18 @@ def test_without_room_for_the_last_save_the_one_before_is_left(tmp_path, monkeyp
 
 def test_no_room_for_the_first_save_is_an_error_at_once(tmp_path, monkeypatch):
     calls = fails([0], monkeypatch)
-    with pytest.raises(checkpoints.CheckpointError, match='Nothing was saved'): table_of(tmp_path, 'pretrain.steps=3')
+    with pytest.raises(CheckpointError, match='Nothing was saved'): table_of(tmp_path, 'pretrain.steps=3')
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize('number', stopping.STOPS)
 def test_a_signal_in_the_last_save_waits_for_it(number, tmp_path, monkeypatch):
-    calls, real = [], checkpoints.write_files
+    calls, real = [], saving._write_files
     def write(*args):
         calls.append(0)
         if len(calls) == 2: signal.raise_signal(number)
         return real(*args)
-    monkeypatch.setattr(checkpoints, 'write_files', write)
+    monkeypatch.setattr(saving, '_write_files', write)
     before = {s: signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_DFL) for s in stopping.STOPS}
     try:
         with pytest.raises(KeyboardInterrupt), stopping.stops_interrupt(): table_of(tmp_path, 'pretrain.steps=3')

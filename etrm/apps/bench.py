@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from ..data.batches import Stream, eval_batches
+from ..data.batches import eval_batches
+from ..data.stream import Stream
 from ..data.puzzles import puzzle_data
 from ..model.contexts import PuzzleEmbedding
 from ..search.search import SearchConfig, search

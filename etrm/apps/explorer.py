@@ -26,7 +26,7 @@ from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.decoder import Decoder
 from ..basics.devices import where_is
 from ..experiments.experiment import own_views
-from ..training.checkpoints import check_names
+from ..training.row_names import check_names
 from ..evaluation.answers import answer, contexts_of
 from ..tasks.grids import draw_grid, tokens_to_grid
 from ..evaluation.plots import literal

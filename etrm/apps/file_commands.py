@@ -23,7 +23,8 @@ from ..evaluation.checks import CheckError, check_answers, config_differences
 from ..experiments.configurations import ExperimentConfig, load_config
 from ..experiments.tables import views_of
 from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, compare_decoders, load_checkpoint
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..training.weights import compare_decoders
 from ..training.official import export_official
 
 # %% ../../nbs/api/8_apps/09_file_commands.ipynb #6ffa47d5

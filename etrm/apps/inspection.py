@@ -11,7 +11,9 @@ from pathlib import Path
 from ..data.dataset import read_dataset, read_identifiers
 from ..experiments.tables import rows_share
 from ..tasks.task import Task, corpus_names, load_tasks, read_json, task_files
-from ..training.checkpoints import Checkpoint, CheckpointError, describe, holds_weights
+from ..training.checkpoints import Checkpoint, holds_weights
+from ..training.checksums import CheckpointError
+from ..training.description import describe_checkpoint
 from ..training.records import read_record
 
 # %% ../../nbs/api/8_apps/04_inspection.ipynb #d5b7dd59
@@ -20,7 +22,7 @@ def about_checkpoint(path: Path) -> dict:
     checkpoint = Checkpoint(path)
     try: share = rows_share(checkpoint)
     except CheckpointError: share = None  # a configuration that is not of this program says nothing about rules
-    return describe(checkpoint) | ({} if share is None else dict(rule_share=round(share, 3)))
+    return describe_checkpoint(checkpoint) | ({} if share is None else dict(rule_share=round(share, 3)))
 
 # %% ../../nbs/api/8_apps/04_inspection.ipynb #bd6869d7
 def about_dataset(path: Path) -> dict:

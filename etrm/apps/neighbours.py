@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .bench import waited
 from ..experiments.configurations import load_config
 from ..data.puzzles import puzzle_data
-from ..data.batches import Stream
+from ..data.stream import Stream
 from ..model.decoder import Decoder
 from ..experiments.experiment import new_table
 from ..basics.files import markdown_table

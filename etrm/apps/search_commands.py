@@ -22,8 +22,7 @@ import torch
 import typer
 from torch import Tensor
 
-from .commands import LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile
-from .commands import TasksPlace, announced, config_through, names_of, sizes_of
+from .commands import LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile, TasksPlace, announced, config_through, names_of, sizes_of
 from ..basics.files import markdown_table, new_file, new_folder
 from ..experiments.task_sets import make_task_sets, validation_tasks
 from ..evaluation.intervals import Rate
@@ -41,7 +40,9 @@ from ..search.chains import ChainConfig
 from ..search.search import SearchConfig, search_rate
 from ..search.starts import Starts
 from ..tasks.task import Task, check_fits, fits, load_tasks
-from ..training.checkpoints import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..training.checksums import CheckpointError
+from ..training.saving import save_checkpoint
 
 # %% ../../nbs/api/8_apps/08_search_commands.ipynb #ab74c0d7
 searching = Commands()

@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/0_basics/00_index.ipynb #bdb3b04c
-MODULES = ('files', 'settings', 'threads', 'devices', 'distributed')  # in reading order
+# %% ../../nbs/api/0_basics/00_index.ipynb #b1030600
+MODULES = ('files', 'settings', 'threads', 'devices', 'distributed', 'plain_yaml')  # in reading order

@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/2_data/00_index.ipynb #3534e79d
-MODULES = ('puzzles', 'batches', 'dataset', 'queries', 'novelty')  # in reading order
+# %% ../../nbs/api/2_data/00_index.ipynb #8d89557f
+MODULES = ('puzzles', 'batches', 'dataset', 'queries', 'layout', 'stream', 'novelty')  # in reading order

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
-from ..training.checkpoints import plain_yaml, read_plain_yaml
+from ..basics.plain_yaml import plain_yaml, read_plain_yaml
 from ..model.decoder import DecoderConfig
 from ..model.encoders import EncoderConfig
 from ..basics.settings import Settings, merged

@@ -27,7 +27,7 @@ from torch import nn, Tensor
 from ..basics.devices import where_is
 from ..basics.distributed import from_first, is_first, sum_over_ranks, world_size
 from ..basics.files import markdown_table, new_file
-from ..data.batches import Stream
+from ..data.stream import Stream
 from ..data.novelty import bits_by_task, new_under_all
 from ..evaluation.votes import of_new_views, Predictions, vote, Votes
 from ..data.puzzles import puzzle_data, PuzzleData
@@ -40,23 +40,22 @@ from ..evaluation.submissions import submission
 from ..evaluation.verdict import scenario, Verdict
 from .configurations import ExperimentConfig, explain, RegressionConfig
 from .runs import differences, filled, open_run, resumed, Run, settings_of
-from ..model.contexts import CONTROLS, PuzzleEmbedding
+from ..model.contexts import CONTROLS, PuzzleEmbedding, context_of
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder
 from ..tasks.grids import PAD
 from ..tasks.task import Task
-from etrm.training.checkpoints import (
-    Checkpoint, CheckpointError, compare_decoders, finish_interrupted_save, load_checkpoint,
-    load_strictly, load_training_state, read_config, read_tensors, remove, row_names,
-    save_checkpoint, check_names,
-)
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config, read_tensors, row_names
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
+from ..training.saving import finish_interrupted_save, load_training_state, remove, save_checkpoint
+from ..training.weights import compare_decoders, load_strictly
 from ..training.optim import AdamATan2
 from ..training.records import new_run_folder
 from ..training.gradients import grad_norm
 from ..training.pace import insisting
 from ..training.statistics import context_statistics
 from ..training.stopping import finishing, Stopped
-from ..model.contexts import context_of
 from ..training.trainer import Trainer
 from ..training.extras import Batch, contrast, Extras
 from ..training.loop import Loop
@@ -274,8 +273,9 @@ def train_encoder(
     "Train a demonstration encoder through the decoder."
     encoder = new_encoder(config, decoder, table).to(where_is(decoder))
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
-    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate, decoder.config.crop is not None, config.demos,
-                    opening_updates(train, data, config.curriculum * config.train.steps) if config.curriculum else None)
+    opens = opening_updates(train, data, config.curriculum * config.train.steps) if config.curriculum else None
+    stream = Stream(data, config.train.global_batch_size, config.train.seed, config.num_demos, config.query, config.translate,
+                    extents=decoder.config.crop is not None, demos=config.demos, opens=opens)
     if table is not None and (config.regression or config.train.rows): check_names(table.names, data, "the decoder's table")
     parts, checkpoint = dict(decoder=decoder, encoder=encoder), record.checkpoint if isinstance(record, Run) else None
     if checkpoint and read_back(checkpoint, parts, config, record): return encoder.eval()

@@ -16,12 +16,14 @@ from typing import Iterator
 import yaml
 from pydantic import ValidationError
 
-from ..training.checkpoints import Checkpoint, finish_interrupted_save, load_training_state
+from ..training.checkpoints import Checkpoint
+from ..training.saving import finish_interrupted_save, load_training_state
 from .configurations import ExperimentConfig
 from ..basics.distributed import from_first, is_first
 from ..basics.files import new_file
 from ..tasks.task import read_json
-from ..training.records import Record, alone_in, start_wandb
+from ..training.records import Record, lock_folder
+from ..training.tracking import start_wandb
 
 # %% ../../nbs/api/7_experiments/02_runs.ipynb #fcbc2db3
 def fingerprint(
@@ -164,7 +166,7 @@ def open_run(
         def begin():
             check_place(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(alone_in(folder))
+            held.enter_context(lock_folder(folder))
             begun = (folder / 'settings.json').exists()
             claim(folder, settings)
             if begun: print(f'{folder} {progress(folder)}', file=sys.stderr)

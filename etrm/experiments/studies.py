@@ -20,13 +20,13 @@ import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from etrm.training.checkpoints import (
-    Checkpoint, decoder_config, load_checkpoint, read_config, read_plain_yaml,
-)
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
+from ..basics.plain_yaml import read_plain_yaml
+from ..training.sizes import decoder_config
 from .configurations import ExperimentConfig, beside, load_config
 from ..model.contexts import mean, shuffled, PuzzleEmbedding
 from ..data.puzzles import puzzle_data
-from ..data.batches import Stream
+from ..data.stream import Stream
 from ..model.decoder import Decoder
 from ..evaluation.intervals import clopper_pearson, mean_difference
 from etrm.experiments.experiment import (

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from ..training.checkpoints import Checkpoint, CheckpointError, decoder_config, load_checkpoint, read_config, read_tensors, row_names, check_names
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config, read_tensors, row_names
+from ..training.checksums import CheckpointError
+from ..training.row_names import check_names
+from ..training.sizes import decoder_config
 from .configurations import ExperimentConfig, load_config
 from ..model.contexts import PuzzleEmbedding
 from ..data.puzzles import PuzzleData, puzzle_data

@@ -21,7 +21,7 @@ from .asked import AskedSet, demonstrations_right
 from .curves import contexts_on_the_way
 from .search import SearchConfig, search
 from ..tasks.task import Task
-from ..training.checkpoints import check_names
+from ..training.row_names import check_names
 
 # %% ../../nbs/api/6_search/05_oracle.ipynb #699d34a0
 def answer_as_demo(

@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/4_training/00_index.ipynb #a1530ed7
-MODULES = ('optim', 'records', 'checkpoints', 'official', 'gradients', 'statistics', 'stopping', 'faults', 'pace', 'clock', 'loop', 'extras', 'trainer')  # in reading order
+# %% ../../nbs/api/4_training/00_index.ipynb #c494aeb7
+MODULES = ('optim', 'records', 'tracking', 'checksums', 'weights', 'saving', 'sizes', 'row_names', 'checkpoints', 'description', 'official', 'gradients', 'statistics', 'stopping', 'faults', 'pace', 'clock', 'loop', 'extras', 'trainer')  # in reading order
