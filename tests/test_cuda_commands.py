@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from etrm.apps.cli import app
 from etrm.data.puzzles import puzzle_data
 from etrm.basics.devices import where_is
-from etrm.experiments.experiment import load_encoder
+from etrm.experiments.loading import load_encoder
 from etrm.evaluation.answers import contexts_of, measures
 from etrm.apps.explorer import explore, set_contexts
 from etrm.experiments.task_sets import make_task_sets

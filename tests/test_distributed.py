@@ -17,7 +17,9 @@ from etrm.data.puzzles import puzzle_data
 from etrm.data.stream import Stream
 from etrm.model.decoder import Decoder
 from etrm.basics.distributed import draw, processes
-from etrm.experiments.experiment import evaluate, new_encoder, new_table, pretrain, train_encoder
+from etrm.experiments.encoder_training import new_encoder, train_encoder
+from etrm.experiments.evaluating import evaluate
+from etrm.experiments.pretraining import new_table, pretrain
 from etrm.experiments.runs import open_run, settings_of
 from etrm.experiments.task_sets import make_task_sets
 from etrm.training.records import read_record

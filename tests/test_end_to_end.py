@@ -16,7 +16,10 @@ from etrm.training.checkpoints import load_checkpoint
 from etrm.experiments.configurations import load_config
 from etrm.data.puzzles import puzzle_data
 from etrm.evaluation.intervals import clopper_pearson
-from etrm.experiments.experiment import check_decoder, own_views, pretrain, run, train_encoder
+from etrm.data.puzzles import unaugmented
+from etrm.experiments.encoder_training import train_encoder
+from etrm.experiments.experiment import check_decoder, run
+from etrm.experiments.pretraining import pretrain
 from etrm.evaluation.answers import exact_hits
 from etrm.training.records import new_run_folder, Record, read_record
 from etrm.experiments.task_sets import make_task_sets
@@ -39,7 +42,7 @@ def etrm(*arguments, **options):
 
 def test_shipped_decoder_solves_its_own_tasks_on_fresh_queries(lab):
     config, decoder, table, train, sets = lab
-    hits = exact_hits(decoder, table, own_views(sets['training tasks'], puzzle_data(train, config.decoder.canvas), config.decoder.canvas), 0, 256)
+    hits = exact_hits(decoder, table, unaugmented(sets['training tasks'], puzzle_data(train, config.decoder.canvas)), 0, 256)
     assert hits.mean() >= .9, f'{hits.sum()} of {len(hits)}, interval {clopper_pearson(int(hits.sum()), len(hits))}'
 
 
@@ -47,7 +50,7 @@ def test_table_rows_matter_to_the_shipped_decoder(lab):
     config, decoder, table, train, sets = lab
     other = copy.deepcopy(table)
     other.weights[1:] = other.weights[1:].roll(1, 0)
-    hits = exact_hits(decoder, other, own_views(sets['training tasks'], puzzle_data(train, config.decoder.canvas), config.decoder.canvas), 0, 256)
+    hits = exact_hits(decoder, other, unaugmented(sets['training tasks'], puzzle_data(train, config.decoder.canvas)), 0, 256)
     assert hits.mean() < .2
 
 

@@ -9,7 +9,8 @@ from etrm.training import checkpoints, weights
 from etrm.data import batches as data
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
-from etrm.experiments.experiment import pretrain, run
+from etrm.experiments.experiment import run
+from etrm.experiments.pretraining import pretrain
 
 CHANGES = ('decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.halt_max_steps=2', 'tasks.max_train_groups=8',
            'tasks.max_eval_groups=2', 'tasks.pairs_per_task=6', 'pretrain.steps=1', 'pretrain.global_batch_size=4', 'pretrain.compile=false', 'train.steps=8', 'train.global_batch_size=4',

@@ -17,7 +17,7 @@ from etrm.data.puzzles import puzzle_data
 from etrm.data.batches import to_tensors
 from etrm.data.stream import Stream
 from etrm.model.encoders import DemoEncoder
-from etrm.experiments.experiment import new_encoder
+from etrm.experiments.encoder_training import new_encoder
 from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import LeakageError, check_leakage
 from etrm.model.contexts import context_of

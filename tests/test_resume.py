@@ -12,15 +12,16 @@ import torch.multiprocessing as mp
 
 from etrm.training import saving
 from etrm.training.checkpoints import load_checkpoint, read_tensors
-from etrm.training.saving import finish_interrupted_save, load_training_state
+from etrm.training.saving import finish_interrupted_save, load_training_state, save_checkpoint
 from etrm.experiments.configurations import load_config
 from etrm.model.decoder import Decoder
-from etrm.experiments.experiment import pretrain, save_first, train_encoder
+from etrm.experiments.encoder_training import train_encoder
+from etrm.experiments.pretraining import pretrain
 from etrm.experiments.runs import open_run, settings_of
 from etrm.experiments.task_sets import make_task_sets
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
-FORKS.set_forkserver_preload(['etrm.experiments.experiment'])
+FORKS.set_forkserver_preload(['etrm.experiments.encoder_training'])
 TINY = ('decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=3',
         'decoder.forward_dtype=float32', 'tasks.max_train_groups=4', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=4',
         *(f'{phase}.{setting}' for phase in ('pretrain', 'train') for setting in ('steps=12', 'global_batch_size=8', 'log_every=3', 'save_every=1', 'eval_every=4', 'compile=false', 'optim.lr=0.001', 'optim.lr_warmup_steps=2')))
@@ -34,8 +35,7 @@ def train_table(folder: Path, table: Path): pretrain(TABLE, folder)
 def train_with_regression(folder: Path, table: Path):
     decoder, rows, _ = load_checkpoint(table / 'checkpoint')
     with open_run(folder, settings_of('train', ENCODER, dict(decoder=table / 'checkpoint'))) as record:
-        encoder = train_encoder(ENCODER, decoder, rows, make_task_sets(ENCODER)[0], record)
-        save_first(record.checkpoint, dict(decoder=decoder, encoder=encoder), ENCODER)
+        train_encoder(ENCODER, decoder, rows, make_task_sets(ENCODER)[0], record)
 
 
 def child(train, folder: Path, table: Path, dies_at: int, threads: int = 1):  # 0 lives
@@ -156,7 +156,7 @@ def train_through_the_decoder(folder: Path, table: Path):
     torch.manual_seed(0)
     decoder = Decoder(config.decoder)
     encoder = train_encoder(config, decoder, None, make_task_sets(config)[0], lambda *_: None)
-    save_first(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), config)
+    save_checkpoint(folder / 'checkpoint', dict(decoder=decoder, encoder=encoder), config.model_dump(mode='json'))
 
 
 def test_threads_add_up_in_one_order(tmp_path):

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from etrm.experiments import experiment, studies
+from etrm.experiments import experiment, runs as of_runs, studies
 from etrm.training.saving import load_training_state
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
-from etrm.experiments.experiment import pretrain
+from etrm.experiments.pretraining import pretrain
 from etrm.training.records import lock_folder, read_record
+from etrm.training.trainer import Trainer
 
 SIZES = ['decoder.canvas=5', 'decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=2']
 SHORT = ['tasks.max_train_groups=4', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=4', 'evaluation.num_aug=0',
@@ -46,14 +47,14 @@ def going_on(command: str, decoder: Path, runs: Path, folder: Path, *more) -> li
 
 def stopped(monkeypatch, command, decoder, runs) -> Path:
     "The folder of a run that was stopped by Ctrl-C after six updates of training."
-    step, made = experiment.Trainer.step, []
+    step, made = Trainer.step, []
     updates = 9 if command == 'study' else 6  # with three to count the operations
     def stopping(trainer):
         made.append(0)
         if len(made) == updates: os.kill(os.getpid(), signal.SIGINT)
         return step(trainer)
     with monkeypatch.context() as patched:
-        patched.setattr(experiment.Trainer, 'step', stopping)
+        patched.setattr(Trainer, 'step', stopping)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
         try: found = cli.invoke(app, line_of(command, decoder, runs))
         finally: signal.signal(signal.SIGINT, before)
@@ -104,12 +105,12 @@ def test_refused_where_it_is_no_run_of_these_settings_and_gone_on_with_where_it_
 
 
 def test_stopped_in_the_regression_it_goes_on_through_its_own_decoder_only(decoders, tmp_path, monkeypatch):
-    runs, save = tmp_path, experiment.save_first
+    runs, save = tmp_path, of_runs.save_checkpoint
     def die(*args):
         save(*args)
         if args[3]['updates'] == 6: raise KeyboardInterrupt
     with monkeypatch.context() as patched:
-        patched.setattr(experiment, 'save_first', die)
+        patched.setattr(of_runs, 'save_checkpoint', die)
         assert cli.invoke(app, line_of('train', decoders[0], runs, *REGRESSION)).exit_code == 130
     folder = runs / 'cfg_test_frozen_decoder-train-001'
     assert load_training_state(folder / 'regression')['updates'] == 6
@@ -134,7 +135,7 @@ def is_held(folder: Path) -> bool:
     except ValueError: return True
 
 
-@pytest.mark.parametrize('command, last', [('run', (experiment, 'write_verdict')), ('pretrain', (experiment, 'save_first')), ('train', (experiment, 'save_first')), ('study', (studies, 'measured'))])
+@pytest.mark.parametrize('command, last', [('run', (experiment, 'write_verdict')), ('pretrain', (of_runs, 'save_checkpoint')), ('train', (of_runs, 'save_checkpoint')), ('study', (studies, 'measured'))])
 def test_the_folder_is_held_until_the_last_file_is_written(command, last, decoders, tmp_path, monkeypatch):
     write, held = getattr(*last), []
     def watched(*args, **kwargs):

@@ -17,14 +17,15 @@ from etrm.training.checksums import CheckpointError
 from etrm.training.saving import load_training_state
 from etrm.experiments.configurations import load_config
 from etrm.basics.distributed import processes
-from etrm.experiments.experiment import pretrain, train_encoder
+from etrm.experiments.encoder_training import train_encoder
+from etrm.experiments.pretraining import pretrain
 from etrm.experiments.runs import open_run, settings_of
 from etrm.experiments.task_sets import make_task_sets
 from etrm.training.records import read_record
 from etrm.training.stopping import Stopped
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
-FORKS.set_forkserver_preload(['etrm.experiments.experiment'])
+FORKS.set_forkserver_preload(['etrm.experiments.encoder_training'])
 TINY = ('decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=2',
         'decoder.forward_dtype=float32', 'tasks.max_train_groups=4', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=4', 'table.init_std=0.5',
         *(f'{phase}.{setting}' for phase in ('pretrain', 'train') for setting in ('global_batch_size=8', 'log_every=1', 'save_every=0', 'eval_every=0', 'compile=false')))

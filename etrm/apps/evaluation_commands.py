@@ -22,7 +22,9 @@ from ..basics.files import new_file
 from ..experiments.task_sets import make_task_sets
 from ..evaluation.submissions import score_submission, submission as submission_of
 from ..evaluation.votes import Votes
-from ..experiments import experiment, tables
+from ..experiments import evaluating as methods, tables
+from ..experiments.loading import load_encoder
+from ..experiments.verdicts import say_verdicts, verdict_file, verdicts_of
 from ..experiments.configurations import ExperimentConfig
 from ..tasks.task import load_tasks, read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
@@ -66,7 +68,7 @@ def evaluate(
         if data is not None: rows, votes = tables.evaluate_dataset(data, source, most or 0, device=place)
         else: rows, votes = evaluated(source, kind, tables.configuration_for(source, config_name), most, place)
         if not is_first(): return
-        print(json.dumps(rows) if as_json else experiment.format_results(rows))
+        print(json.dumps(rows) if as_json else methods.format_results(rows))
         write_results(json.dumps(rows, indent=1))
         write_submission(json.dumps(submission_of(next(iter(votes.values())))))
 
@@ -85,8 +87,8 @@ def evaluated(
         decoder, table, _ = load_checkpoint(checkpoint, config.decoder.canvas, device)
         rows, votes = tables.evaluate_table(config, decoder, table)
     else:
-        decoder, encoder, _ = experiment.load_encoder(checkpoint, device)
-        rows, votes = experiment.evaluate(config, decoder, encoder, None, make_task_sets(config)[1])
+        decoder, encoder, _ = load_encoder(checkpoint, device)
+        rows, votes = methods.evaluate(config, decoder, encoder, None, make_task_sets(config)[1])
     return rows, dict(sorted(votes.items(), key=lambda item: item[0] != config.evaluation.decides))
 
 
@@ -134,8 +136,8 @@ def scenario(
     "The scenario verdict of a finished run, from its record and results: on tasks that are new under all their views, and on all. Example: etrm scenario runs/cfg_test_frozen_decoder-001"
     settings = {k: v for k, v in read_config(folder).items() if k != 'decoder_checkpoint'}
     config, results = ExperimentConfig.saved(settings), read_json(folder / 'results.json')
-    verdicts = experiment.verdicts_of(config, read_record(folder), results)
-    print(json.dumps(experiment.verdict_file(verdicts)) if as_json else experiment.say_verdicts(verdicts))
+    verdicts = verdicts_of(config, read_record(folder), results)
+    print(json.dumps(verdict_file(verdicts)) if as_json else say_verdicts(verdicts))
 
 # %% ../../nbs/api/8_apps/07_evaluation_commands.ipynb #1892f442
 EncoderRun = Annotated[Path, typer.Argument(help='Checkpoint of an encoder run.')]
@@ -148,6 +150,6 @@ def compare_contexts(
     device: Device = 'auto',
 ):
     "Statistics of an encoder's contexts beside those of the table's rows. Example: etrm compare-contexts runs/cfg_test_frozen_decoder-001/checkpoint"
-    found = experiment.compare_contexts(checkpoint, decoder, announced(device))
+    found = methods.compare_contexts(checkpoint, decoder, announced(device))
     finite = lambda values: {k: v if math.isfinite(v) else None for k, v in values.items()}
     print(json.dumps({source: finite(values) for source, values in found.items()}, indent=1))

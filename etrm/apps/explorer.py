@@ -25,13 +25,13 @@ from ..model.contexts import CONTROLS, PuzzleEmbedding
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..model.decoder import Decoder
 from ..basics.devices import where_is
-from ..experiments.experiment import own_views
-from ..training.row_names import check_names
+from ..data.puzzles import unaugmented
 from ..evaluation.answers import answer, contexts_of
 from ..tasks.grids import draw_grid, tokens_to_grid
 from ..evaluation.plots import literal
 from ..tasks.task import Task, check_fits, load_tasks
 from ..evaluation.votes import Candidate, vote
+from ..training.row_names import check_names
 
 # %% ../../nbs/api/8_apps/01_explorer.ipynb #b30e98ac
 @torch.no_grad()
@@ -235,7 +235,7 @@ class Explorer:
         "The table's context for a task that it knows."
         task = self.sets[name][index]
         if self.table is None or task.name not in self.known.names: return None
-        return contexts_of(self.table, own_views([task], self.known, self.decoder.config.canvas), 0)[0][0]
+        return contexts_of(self.table, unaugmented([task], self.known), 0)[0][0]
 
     def show(self, change=None):
         if self.task.value is None: return  # the menu is being filled

@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 from .bench import waited
 from ..experiments.configurations import load_config
 from ..data.puzzles import puzzle_data
-from ..data.stream import Stream
 from ..model.decoder import Decoder
-from ..experiments.experiment import new_table
+from ..experiments.pretraining import new_table
 from ..basics.files import markdown_table
 from ..experiments.task_sets import make_task_sets
 from ..basics.threads import USERS_OWN
 from ..training.trainer import Trainer
+from ..data.stream import Stream
 
 # %% ../../nbs/api/8_apps/03_neighbours.ipynb #31835f9f
 def lab_trainer(batch_size: int) -> Trainer:

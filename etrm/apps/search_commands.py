@@ -22,14 +22,17 @@ import torch
 import typer
 from torch import Tensor
 
-from .commands import LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile, TasksPlace, announced, config_through, names_of, sizes_of
+from etrm.apps.commands import (
+    LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile,
+)
+from .commands import TasksPlace, announced, config_through, names_of, sizes_of
 from ..basics.files import markdown_table, new_file, new_folder
 from ..experiments.task_sets import make_task_sets, validation_tasks
 from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_search, png
 from ..evaluation.submissions import no_answers
 from ..experiments.configurations import ExperimentConfig
-from ..experiments.experiment import load_encoder, new_to, table_for
+from ..experiments.loading import load_encoder, new_to, table_for
 from ..experiments.side_by_side import side_by_side as beside, side_by_side_table
 from ..experiments.tables import configuration_for
 from ..model.decoder import Decoder

@@ -21,9 +21,11 @@ from ..basics.distributed import from_first, is_first
 from ..basics.files import markdown_table, new_file
 from ..experiments.task_sets import make_task_sets
 from ..evaluation.intervals import Rate
-from ..experiments import experiment, studies
+from ..experiments import experiment, pretraining, studies
 from ..experiments.configurations import load_config
-from ..experiments.runs import open_run, resumed, settings_of
+from ..experiments.encoder_training import train_encoder
+from ..experiments.loading import check_embeddings
+from ..experiments.runs import open_run, run_folder, settings_of
 from ..tasks.task import read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..training.records import new_run_folder
@@ -50,8 +52,8 @@ def pretrain(
 ):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
     place, c = announced(device), load_config(config, tuple(overrides or ()))
-    folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
-    experiment.pretrain(c, folder, wandb, start, until, place, fresh_table)
+    folder = run_folder(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
+    pretraining.pretrain(c, folder, wandb, start, until, place, fresh_table)
     if is_first(): print(folder / 'checkpoint')
 
 # %% ../../nbs/api/8_apps/06_training_commands.ipynb #f4402be4
@@ -90,12 +92,10 @@ def train(
     place, source = announced(device), Checkpoint(decoder)
     c = config_through(source, config, overrides)
     frozen, table, trained_as = load_checkpoint(source, device=place)
-    experiment.check_rows(c, trained_as, decoder)
+    check_embeddings(c, trained_as, decoder)
     settings, tasks = settings_of('train', c, dict(decoder=source)), make_task_sets(c)[0]
-    folder = resumed(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
-    with open_run(folder, settings, wandb) as record:
-        encoder = experiment.train_encoder(c, frozen, table, tasks, record)
-        experiment.save_last(record.checkpoint, dict(decoder=frozen, encoder=encoder), c)
+    folder = run_folder(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
+    with open_run(folder, settings, wandb) as record: train_encoder(c, frozen, table, tasks, record)
     if is_first(): print(folder / 'checkpoint')
 
 # %% ../../nbs/api/8_apps/06_training_commands.ipynb #aff09c9f
