@@ -80,6 +80,11 @@ class Queries:
         "One entry of all batches."
         return torch.cat([batch[name] for batch in self.batches])
 
+    @property
+    def names(self) -> list[str]:  # (Q,)
+        "Of which puzzle each query is."
+        return [self.data.names[p] for p in self.whole('puzzle').tolist()]
+
     def demos(self) -> Demos:
         "All demonstrations, in the order of the queries."
         return Demos.of({name: self.whole(name) for name in ('demo_inputs', 'demo_labels', 'demo_mask')})

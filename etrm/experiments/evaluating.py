@@ -19,7 +19,7 @@ from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, copy_answers
 from ..evaluation.intervals import Rate
 from ..evaluation.scores import pass_at_k
-from ..evaluation.votes import of_new_views, Predictions, vote, Votes
+from ..evaluation.votes import keep_new_views, Predictions, vote, Votes
 from .configurations import ExperimentConfig
 from .loading import load_encoder, table_for
 from .task_sets import make_task_sets, newness
@@ -47,7 +47,7 @@ def score(
     if new is None: return row, votes
     bits = new_view_bits(new)
     some = [t for t in tasks if '1' in bits[t.name]]
-    first = pass_at_k(vote(of_new_views(predictions, new), some), some).first if some else []
+    first = pass_at_k(vote(keep_new_views(predictions, new), some), some).first if some else []
     return row | dict(new_views=bits, tasks_new_views={t.name: all(inputs) for t, inputs in zip(some, first)}), votes
 
 # %% ../../nbs/api/7_experiments/08_evaluating.ipynb #47975422

@@ -30,7 +30,7 @@ from .encoder_training import extras_of, new_encoder, train_encoder
 from .experiment import check_sets
 from .loading import known_puzzles, new_to, through
 from ..data.queries import Queries
-from ..evaluation.answers import contexts_of, measured_row, measures
+from ..evaluation.answers import contexts_of, measures_row, measure_answers
 from ..tasks.task import digest, read_json
 from ..basics.files import new_file
 from .runs import Run, RunState, check_place, check_settings, open_run, run_state, settings_of
@@ -206,7 +206,7 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
     contexts, groups = contexts_of(source, queries)
     kinds = {'encoder': contexts, 'mean': mean(contexts, groups), 'shuffled': shuffled(contexts, groups)}
     about = about | dict(set=name, tasks_sha256=digest(tasks), new_views=new_view_bits_by_input(new(name, data), tasks))
-    return [measured_row(measures(decoder, queries, c), **about, method=kind) for kind, c in kinds.items()]
+    return [measures_row(measure_answers(decoder, queries, c), **about, method=kind) for kind, c in kinds.items()]
 
 
 def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, new: Callable, about: dict) -> list[dict]:

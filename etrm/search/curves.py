@@ -30,13 +30,13 @@ from ..evaluation.intervals import Rate
 from ..evaluation.submissions import submission
 from ..experiments.loading import load_encoder
 from ..data.queries import Queries
-from ..evaluation.answers import answer, contexts_of, measured_row, measures
+from ..evaluation.answers import answer, contexts_of, measures_row, measure_answers
 from ..tasks.task import digest, Task
 from ..basics.files import markdown_table
 from ..tasks.grids import Augmentation
 from ..model.losses import stablemax_cross_entropy
 from ..data.novelty import new_view_bits_by_input
-from ..evaluation.votes import of_new_views, Predictions, of_best_views, vote
+from ..evaluation.votes import keep_new_views, Predictions, keep_best_views, vote
 from ..experiments.task_sets import make_task_sets, newness
 from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
@@ -133,7 +133,7 @@ def search_tasks(
     found, losses = zip(*(search(decoder, *(d[at:at + 256] for d in demos), start[at:at + 256], stablemax_cross_entropy, steps, lr, progress=True, rule=rule) for at in range(0, len(first), 256)))
     contexts, losses = torch.cat(found), torch.cat(losses, 1)
     right = demonstrations_right(decoder, demos, contexts)
-    votes = vote(of_best_views(answer(decoder, queries, contexts[view]), right[view.cpu().numpy()]), tasks)
+    votes = vote(keep_best_views(answer(decoder, queries, contexts[view]), right[view.cpu().numpy()]), tasks)
     known = [t for t in tasks if all(p.output is not None for p in t.test)]
     solved = dict(zip([t.name for t in known], pass_at_k(votes, known).first)) if known else {}
     own = {data.names[p]: losses[:, i] for i, p in enumerate(puzzles)}  # a view's name is longer
@@ -165,7 +165,7 @@ def oracle(
         about = dict(set=name, tasks_sha256=digest(tasks)) | (dict(new_views=new_view_bits_by_input(new(name, data), tasks)) if new else {})
         for what, pairs in fitted.items():
             def watch(step, contexts):
-                if step in marks: rows.append(measured_row(measures(decoder, queries, contexts), **about, fitted_to=what, steps=step))
+                if step in marks: rows.append(measures_row(measure_answers(decoder, queries, contexts), **about, fitted_to=what, steps=step))
             search(decoder, *pairs, start, stablemax_cross_entropy, steps, lr, progress=True, watch=watch, extent=extent if what == 'answer' else None)
     return rows
 
@@ -236,14 +236,14 @@ def measured_views(
     "Measures of the queries in their own view; where there are more, what their votes solve: of all views, of those that answer most demonstrations, and of new ones only."
     predictions, right = answer(decoder, queries, contexts), demonstrations_right(decoder, demos, contexts)
     own = np.array(['|||' not in name for name in predictions.names])
-    row = measured_row({k: v[own] for k, v in measures(decoder, queries, contexts).items()}, **about, tasks_sha256=digest(tasks)) | dict(demonstrations=right[own].tolist())
+    row = measures_row({k: v[own] for k, v in measure_answers(decoder, queries, contexts).items()}, **about, tasks_sha256=digest(tasks)) | dict(demonstrations=right[own].tolist())
     if new is not None: row |= dict(new_views=new_view_bits_by_input(new, tasks))
     if own.all(): return row
-    best = of_best_views(predictions, right)
+    best = keep_best_views(predictions, right)
     row |= dict(views=len(queries.data.names) // len(tasks)) | voted_first('voted', predictions, tasks) | voted_first('best_voted', best, tasks)
     if new is None: return row
-    fresh = of_new_views(predictions, new)
-    best_fresh = of_best_views(fresh, right[[new[name] for name in predictions.names]])  # the best among the new ones
+    fresh = keep_new_views(predictions, new)
+    best_fresh = keep_best_views(fresh, right[[new[name] for name in predictions.names]])  # the best among the new ones
     return row | voted_first('new_voted', fresh, tasks) | voted_first('new_best_voted', best_fresh, tasks)
 
 
