@@ -9,7 +9,7 @@ from etrm.apps.cli import app
 from etrm.data.puzzles import puzzle_data
 from etrm.basics.devices import where_is
 from etrm.experiments.loading import load_encoder
-from etrm.evaluation.answers import contexts_of, measures
+from etrm.evaluation.answers import contexts_of, measure_answers
 from etrm.apps.explorer import explore, set_contexts
 from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import load_tasks
@@ -31,7 +31,7 @@ def test_contexts_and_answers_stay_there_and_are_those_of_the_cpu(made):
         decoder, encoder, config = load_encoder(made / 'encoder/checkpoint', device)
         contexts, groups = contexts_of(encoder, data, config.num_demos)
         assert {t.device.type for t in (contexts, groups)} == {device} == {where_is(decoder).type}
-        found[device] = contexts.cpu(), torch.from_numpy(measures(decoder, data, contexts)['lm_loss'])
+        found[device] = contexts.cpu(), torch.from_numpy(measure_answers(decoder, data, contexts)['lm_loss'])
     for on_cpu, on_gpu in zip(*found.values()): torch.testing.assert_close(on_gpu, on_cpu, atol=1e-2, rtol=1e-2)
 
 

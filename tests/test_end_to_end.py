@@ -20,7 +20,7 @@ from etrm.data.puzzles import unaugmented
 from etrm.experiments.encoder_training import train_encoder
 from etrm.experiments.experiment import check_decoder, run
 from etrm.experiments.pretraining import pretrain
-from etrm.evaluation.answers import exact_hits
+from etrm.evaluation.answers import solved_queries
 from etrm.training.records import new_run_folder, Record, read_record
 from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.task import check_leakage, pair_keys
@@ -42,7 +42,7 @@ def etrm(*arguments, **options):
 
 def test_shipped_decoder_solves_its_own_tasks_on_fresh_queries(lab):
     config, decoder, table, train, sets = lab
-    hits = exact_hits(decoder, table, unaugmented(sets['training tasks'], puzzle_data(train, config.decoder.canvas)), 0, 256)
+    hits = solved_queries(decoder, table, unaugmented(sets['training tasks'], puzzle_data(train, config.decoder.canvas)), 0, 256)
     assert hits.mean() >= .9, f'{hits.sum()} of {len(hits)}, interval {clopper_pearson(int(hits.sum()), len(hits))}'
 
 
@@ -50,7 +50,7 @@ def test_table_rows_matter_to_the_shipped_decoder(lab):
     config, decoder, table, train, sets = lab
     other = copy.deepcopy(table)
     other.weights[1:] = other.weights[1:].roll(1, 0)
-    hits = exact_hits(decoder, other, unaugmented(sets['training tasks'], puzzle_data(train, config.decoder.canvas)), 0, 256)
+    hits = solved_queries(decoder, other, unaugmented(sets['training tasks'], puzzle_data(train, config.decoder.canvas)), 0, 256)
     assert hits.mean() < .2
 
 

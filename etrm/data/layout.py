@@ -40,8 +40,8 @@ def with_frame(
 # %% ../../nbs/api/2_data/05_layout.ipynb #e75a9b4f
 def source_places(
     canvas: int,
-) -> np.ndarray:  # (2, canvas + 1, 2, canvas + 1, canvas) int64: by stride, size, whether mirrored, and offset, for each place
-    "Where the rows of a batch's grids come from in a stored grid, times the stride of 1 or of a row."
+) -> np.ndarray:  # (2, canvas + 1, 2, canvas + 1, canvas) int64
+    "Where rows come from in a stored grid, times 1 or a row's stride: by stride, size, mirrored or not, offset, place."
     size, mirrored, offset, place = np.ogrid[:canvas + 1, :2, :canvas + 1, :canvas]
     at = place - offset
     inside = np.where((mirrored == 1) & (at < size), size - 1 - at, at)
@@ -90,7 +90,8 @@ class Grids:
         def along(stride, size, mirrored, offset):  # (B, 2, 1+K, canvas)
             return self.sources[((stride * (c + 1) + size) * 2 + mirrored) * (c + 1) + offset]
         rows, columns = map(along, (1 - turned, turned), sizes, mirrored, offsets.T[..., None, None])
-        places = (numbers[..., None] * (c + 2)**2 + rows)[..., None] + columns[..., None, :]  # (B, 2, 1+K, canvas, canvas)
+        first = numbers[..., None] * (c + 2)**2  # place of each grid
+        places = (first + rows)[..., None] + columns[..., None, :]  # (B, 2, 1+K, canvas, canvas)
         tokens = self.tokens.gather(0, places.flatten()).view(len(puzzles), -1)
         return self.images[puzzles].long().gather(1, tokens.long()).view(*numbers.shape, c * c)
 

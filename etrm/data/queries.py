@@ -46,11 +46,11 @@ class Demos:
         return self.mask.shape[1]
 
 # %% ../../nbs/api/2_data/04_queries.ipynb #236f21b3
-BYTES = dict(inputs=torch.uint8, labels=torch.int8, demo_inputs=torch.uint8, demo_labels=torch.uint8)  # tokens and labels fit in a byte
+BYTES = dict(inputs=torch.uint8, labels=torch.int8, demo_inputs=torch.uint8, demo_labels=torch.uint8)  # what fits
 
 
 class Queries:
-    "Every test pair of some puzzles, with its demonstrations: laid out once, on the device that answers, however often it is asked."
+    "Every test pair of some puzzles, with its demonstrations: laid out once, however often it is asked."
     def __init__(self,
         data: PuzzleData,
         num_demos: int = 0,  # K; 0 leaves demonstrations out
@@ -60,22 +60,34 @@ class Queries:
     ):
         self.data, self.batch_size = data, batch_size
         place = lambda name, array: torch.from_numpy(array).to(BYTES.get(name)).to(device)
-        self.batches = [{k: place(k, v) for k, v in b.items()} for b in eval_batches(data, batch_size, num_demos, extents)]
+        batches = eval_batches(data, batch_size, num_demos, extents)
+        self.batches = [{name: place(name, array) for name, array in batch.items()} for batch in batches]
 
     @classmethod
-    def of(cls, data: 'PuzzleData | Queries', module: nn.Module, num_demos: int = 0, batch_size: int = 256) -> 'Queries':
-        "Those that are laid out already, or these, for a module that answers."
+    def of(cls,
+        data: 'PuzzleData | Queries',
+        module: nn.Module,  # that answers
+        num_demos: int = 0,
+        batch_size: int = 256,
+    ) -> 'Queries':
+        "Those that are laid out already, or these, where the module is."
         if isinstance(data, cls): return data
         return cls(data, num_demos, batch_size, where_is(module), extents=getattr(module, 'reads_extents', False))
 
-    def __len__(self): return sum(len(b['puzzle']) for b in self.batches)
+    def __len__(self) -> int: return sum(len(batch['puzzle']) for batch in self.batches)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # batches, as `to_tensors` makes them
-        for b in self.batches: yield {k: v if v.dtype == torch.bool else v.long() for k, v in b.items()}
+        for batch in self.batches:
+            yield {name: t if t.dtype == torch.bool else t.long() for name, t in batch.items()}
 
     def whole(self, name: str) -> Tensor:
         "One entry of all batches."
-        return torch.cat([b[name] for b in self.batches])
+        return torch.cat([batch[name] for batch in self.batches])
+
+    @property
+    def names(self) -> list[str]:  # (Q,)
+        "Of which puzzle each query is."
+        return [self.data.names[p] for p in self.whole('puzzle').tolist()]
 
     def demos(self) -> Demos:
         "All demonstrations, in the order of the queries."

@@ -16,7 +16,7 @@ from ..basics.devices import where_is
 from ..data.stream import Stream
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..data.queries import Demos, Queries
-from ..evaluation.answers import contexts_of, measures
+from ..evaluation.answers import contexts_of, measure_answers
 from .configurations import ExperimentConfig
 from .regression import near_embeddings, regress
 from .runs import Run, RunState, TrainingCheckpoint
@@ -96,7 +96,7 @@ def measuring(
     if not asked: return None
     queries = {name: Queries.of(puzzle_data(tasks, decoder.config.canvas), decoder, config.num_demos) for name, tasks in asked.items()}
     def evaluate() -> dict[str, float]:
-        found = {name: measures(decoder, q, contexts_of(encoder, q)[0]) for name, q in queries.items()}
+        found = {name: measure_answers(decoder, q, contexts_of(encoder, q)[0]) for name, q in queries.items()}
         return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
     return evaluate
 

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from ..basics.files import markdown_table
-from ..data.novelty import bits_by_task, new_under_all
+from ..data.novelty import new_view_bits, tasks_new_in_all_views
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
 from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, copy_answers
 from ..evaluation.intervals import Rate
 from ..evaluation.scores import pass_at_k
-from ..evaluation.votes import of_new_views, Predictions, vote, Votes
+from ..evaluation.votes import keep_new_views, Predictions, vote, Votes
 from .configurations import ExperimentConfig
 from .loading import load_encoder, table_for
 from .task_sets import make_task_sets, newness
@@ -45,9 +45,9 @@ def score(
     solved = {t.name: all(inputs) for t, inputs in zip(tasks, scores.first)}
     row = dict(set=name, method=method, **Rate.of(solved.values()).as_dict(), pass_at_k=scores.as_dict(), tasks=solved)
     if new is None: return row, votes
-    bits = bits_by_task(new)
+    bits = new_view_bits(new)
     some = [t for t in tasks if '1' in bits[t.name]]
-    first = pass_at_k(vote(of_new_views(predictions, new), some), some).first if some else []
+    first = pass_at_k(vote(keep_new_views(predictions, new), some), some).first if some else []
     return row | dict(new_views=bits, tasks_new_views={t.name: all(inputs) for t, inputs in zip(some, first)}), votes
 
 # %% ../../nbs/api/7_experiments/08_evaluating.ipynb #47975422
@@ -64,7 +64,7 @@ def solved_among(
     if among == 'all views': return row['tasks']
     if 'new_views' not in row: raise ValueError('these results do not say which views are new: evaluate the checkpoint again')
     if among == 'new views': return row['tasks_new_views']
-    return {task: row['tasks'][task] for task in new_under_all(row['new_views'])}
+    return {task: row['tasks'][task] for task in tasks_new_in_all_views(row['new_views'])}
 
 # %% ../../nbs/api/7_experiments/08_evaluating.ipynb #d12580c1
 def answers_of(

@@ -14,7 +14,7 @@ import torch
 from ..data.stream import Stream
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
 from ..data.queries import Queries
-from ..evaluation.answers import exact_hits
+from ..evaluation.answers import solved_queries
 from .configurations import ExperimentConfig
 from .runs import open_run, RunState, settings_of, TrainingCheckpoint
 from .task_sets import make_task_sets
@@ -82,7 +82,7 @@ def _train(config: ExperimentConfig, saved: TrainingCheckpoint, data: PuzzleData
     if saved.resume(trainer): check_names(row_names(saved.place, len(table.weights)), data, saved.place)
     else: run.rewind(0)  # killed before its first save
     queries = Queries.of(unaugmented(tasks, data), decoder, batch_size=config.evaluation.batch_size)
-    def evaluate(): return {'eval/exact_accuracy': float(exact_hits(decoder, table, queries).mean())}
+    def evaluate(): return {'eval/exact_accuracy': float(solved_queries(decoder, table, queries).mean())}
     trainer.run(run, evaluate, lambda: saved.save(trainer), until)
     # stopped by `until`: the averaged weights can be used, the state goes on from the live ones
     state = None if trainer.finished else copy.deepcopy(saved.state_of(trainer))

@@ -30,7 +30,7 @@ from .encoder_training import extras_of, new_encoder, train_encoder
 from .experiment import check_sets
 from .loading import known_puzzles, new_to, through
 from ..data.queries import Queries
-from ..evaluation.answers import contexts_of, measured_row, measures
+from ..evaluation.answers import contexts_of, measures_row, measure_answers
 from ..tasks.task import digest, read_json
 from ..basics.files import new_file
 from .runs import Run, check_place, check_settings, open_run, settings_of, RunState, run_state
@@ -38,7 +38,7 @@ from ..search.asked import asked_sets
 from ..search.curves import search_curves
 from ..search.starts import Starts
 from ..basics.settings import Settings
-from ..data.novelty import bits_of_inputs
+from ..data.novelty import new_view_bits_by_input
 from ..training.trainer import Trainer
 from .task_sets import make_task_sets
 from ..basics.plain_yaml import read_plain_yaml
@@ -207,8 +207,8 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
     queries = Queries.of(data, decoder, config.num_demos, config.evaluation.batch_size)
     contexts, groups = contexts_of(source, queries)
     kinds = {'encoder': contexts, 'mean': mean(contexts, groups), 'shuffled': shuffled(contexts, groups)}
-    about = about | dict(set=name, tasks_sha256=digest(tasks), new_views=bits_of_inputs(new(name, data), tasks))
-    return [measured_row(measures(decoder, queries, c), **about, method=kind) for kind, c in kinds.items()]
+    about = about | dict(set=name, tasks_sha256=digest(tasks), new_views=new_view_bits_by_input(new(name, data), tasks))
+    return [measures_row(measure_answers(decoder, queries, c), **about, method=kind) for kind, c in kinds.items()]
 
 
 def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, new: Callable, about: dict) -> list[dict]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..basics.devices import where_is
-from ..data.novelty import bits_of_inputs
+from ..data.novelty import new_view_bits_by_input
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.queries import Demos, Queries
 from ..model.decoder import Decoder, last_step
@@ -43,7 +43,7 @@ class AskedSet:
 
     def about(self) -> dict:
         "For a row of results: which tasks were asked, and which of their views are new."
-        new = {} if self.new is None else dict(new_views=bits_of_inputs(self.new, self.tasks))
+        new = {} if self.new is None else dict(new_views=new_view_bits_by_input(self.new, self.tasks))
         return dict(set=self.name, tasks_sha256=digest(self.tasks)) | new
 
 

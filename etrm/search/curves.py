@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from ..data.queries import Demos
-from ..evaluation.answers import answer, measured_row, measures
+from ..evaluation.answers import answer, measures_row, measure_answers
 from ..evaluation.scores import pass_at_k
-from ..evaluation.votes import Predictions, of_best_views, of_new_views, vote
+from ..evaluation.votes import Predictions, keep_best_views, keep_new_views, vote
 from ..model.decoder import Decoder
 from .asked import AskedSet, demonstrations_right
 from .search import SearchConfig, search
@@ -68,10 +68,10 @@ def voted_views(
 ) -> dict:
     "What is solved by the vote of all views and of those that answer most demonstrations; and of the new ones among them."
     row = dict(views=asked.views) | voted_first('voted', predictions, asked.tasks)
-    row |= voted_first('best_voted', of_best_views(predictions, right), asked.tasks)
+    row |= voted_first('best_voted', keep_best_views(predictions, right), asked.tasks)
     if asked.new is None: return row
-    fresh = of_new_views(predictions, asked.new)
-    best = of_best_views(fresh, right[[asked.new[name] for name in predictions.names]])  # the best among the new ones
+    fresh = keep_new_views(predictions, asked.new)
+    best = keep_best_views(fresh, right[[asked.new[name] for name in predictions.names]])  # the best among the new ones
     return row | voted_first('new_voted', fresh, asked.tasks) | voted_first('new_best_voted', best, asked.tasks)
 
 # %% ../../nbs/api/6_search/04_curves.ipynb #a7ad897f
@@ -84,8 +84,8 @@ def measured_views(
     "Measures of the queries in their own view; where there are more, what their votes solve."
     predictions, right = answer(decoder, asked.queries, contexts), demonstrations_right(decoder, asked.demos, contexts)
     own = np.array(['|||' not in name for name in predictions.names])
-    found = {k: v[own] for k, v in measures(decoder, asked.queries, contexts).items()}
-    row = measured_row(found, **asked.about(), **about) | dict(demonstrations=right[own].tolist())
+    found = {k: v[own] for k, v in measure_answers(decoder, asked.queries, contexts).items()}
+    row = measures_row(found, **asked.about(), **about) | dict(demonstrations=right[own].tolist())
     return row if own.all() else row | voted_views(asked, predictions, right)
 
 

@@ -14,7 +14,7 @@ import torch
 from ..basics.devices import where_is
 from ..data.puzzles import puzzle_data
 from ..data.queries import Demos, Queries
-from ..evaluation.answers import measured_row, measures
+from ..evaluation.answers import measures_row, measure_answers
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
 from .asked import AskedSet, demonstrations_right
@@ -47,8 +47,8 @@ def oracle(
         for what, demos in dict(demonstrations=one.demos, answer=answer_as_demo(one.queries)).items():
             def watch(step, contexts):
                 if step not in marks: return
-                found = measures(decoder, one.queries, contexts)
-                rows.append(measured_row(found, **one.about(), fitted_to=what, steps=step))
+                found = measure_answers(decoder, one.queries, contexts)
+                rows.append(measures_row(found, **one.about(), fitted_to=what, steps=step))
             search(decoder, demos, start, config, watch, progress=True)
     return rows
 

@@ -16,7 +16,7 @@ from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of
 from ..evaluation.scores import pass_at_k
 from ..evaluation.submissions import submission
-from ..evaluation.votes import Votes, of_best_views, vote
+from ..evaluation.votes import Votes, keep_best_views, vote
 from ..model.decoder import Decoder
 from .asked import demonstrations_right
 from .search import SearchConfig, search
@@ -42,7 +42,7 @@ def search_tasks(
     contexts, losses = torch.cat(contexts), torch.cat(losses, 1)
     right = demonstrations_right(decoder, demos, contexts)
     predictions = answer(decoder, queries, contexts[torch.from_numpy(view).to(contexts.device)])
-    votes = vote(of_best_views(predictions, right[view]), tasks)
+    votes = vote(keep_best_views(predictions, right[view]), tasks)
     return dict(summary=summary_of(tasks, votes, dict(zip(names, losses.T)), dict(zip(names, right))), submission=submission(votes))
 
 

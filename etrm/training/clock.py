@@ -11,7 +11,7 @@ from typing import Iterator
 
 from tqdm.auto import tqdm
 
-from ..basics.distributed import first_says, is_first
+from ..basics.distributed import number_from_rank_zero, is_rank_zero
 
 # %% ../../nbs/api/4_training/17_clock.ipynb #5580afb1
 class Clock:
@@ -31,7 +31,7 @@ class Clock:
     def look(self):
         "Add what passed since the last look."
         now = time.monotonic()
-        self.used, self.seen = first_says(self.used + now - self.seen), now
+        self.used, self.seen = number_from_rank_zero(self.used + now - self.seen), now
 
     @property
     def share(self) -> float:  # 0 to 1
@@ -55,7 +55,7 @@ def counted(
     what: str,  # for the progress bar
 ) -> Iterator[int]:
     "The numbers of the updates that are to be made, under a progress bar."
-    bar = dict(desc=what, mininterval=1, disable=not is_first())
+    bar = dict(desc=what, mininterval=1, disable=not is_rank_zero())
     if clock is None: yield from tqdm(range(made + 1, until + 1), initial=made, total=until, **bar); return
     with tqdm(initial=round(clock.used), total=round(clock.seconds), unit='s', **bar) as shown:
         while made < until and clock.share < 1:

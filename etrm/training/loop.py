@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..basics.distributed import share, sum_gradients
+from ..basics.distributed import local_slice, sum_gradients
 from ..basics.settings import Settings
 from .clock import Clock, counted, ended
 from .faults import Faults
@@ -56,7 +56,7 @@ class Loop:
         device: torch.device,
     ):
         self.config, self.modules, self.updates = config, modules, 0
-        self.local = share(config.global_batch_size)  # this process's rows of every batch
+        self.local = local_slice(config.global_batch_size)  # this process's rows of every batch
         self.clock = Clock(config.minutes) if config.minutes else None
         self.faults = Faults(device)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from .checksums import CheckpointError
-from ..basics.distributed import is_first, on_any_rank
+from ..basics.distributed import is_rank_zero, on_any_rank
 from .faults import Diverged
 from .stopping import Stopped, noting_interrupts
 
@@ -30,7 +30,7 @@ def insisting(
     for wait in WAITS if waits is None else waits:
         try: return save()
         except (CheckpointError, OSError) as error:
-            if is_first(): warnings.warn(f'{error}; it is tried again in {wait} seconds')
+            if is_rank_zero(): warnings.warn(f'{error}; it is tried again in {wait} seconds')
         time.sleep(wait)
     return save()
 
@@ -48,7 +48,7 @@ class Pace:
 
     def __call__(self, updates: int):
         "After an update: save where that is due, and stop where any process was asked to."
-        late = is_first() and not self.every and time.monotonic() >= self.due
+        late = is_rank_zero() and not self.every and time.monotonic() >= self.due
         stop, late = on_any_rank(bool(self.asked()), late)
         if stop or late or self.every and updates % self.every == 0: self.keep(updates)
         if stop: raise Stopped(updates, self.place)

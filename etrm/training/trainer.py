@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ..basics.distributed import broadcast, gather, gather_touched, is_first, sum_over_ranks, world_size
+from ..basics.distributed import broadcast_weights, all_gather, all_gather_touched, is_rank_zero, sum_over_ranks, world_size
 from ..data.stream import Stream
 from ..model.contexts import PuzzleEmbedding, context_of
 from ..model.decoder import Carry, Decoder
@@ -54,7 +54,7 @@ class Slots:
 
     def state_dict(self) -> dict:
         "Of all processes, so that another number of them can go on."
-        whole = lambda local: local and {k: gather(v) for k, v in local.items()}
+        whole = lambda local: local and {k: all_gather(v) for k, v in local.items()}
         return dict(carry=whole(vars(self.carry)), slots=whole(self.samples))
 
     def load_state_dict(self,
@@ -82,7 +82,7 @@ class Optimisers:
     def row_norm(self) -> Tensor:  # scalar; 0 of an encoder
         "The norm of the gradient of the rows that all processes touched."
         if not self.sparse: return torch.zeros((), device=self.device)
-        gather_touched(self.source)
+        all_gather_touched(self.source)
         return self.source.touched[1].grad.norm()
 
     def step(self,
@@ -117,7 +117,7 @@ class Trainer(Loop):
         self.ema = EMA(self.modules, config.optim.ema_rate) if config.optim.ema_rate else None
         self.slots = Slots(decoder.initial_carry(self.local.stop - self.local.start))
         self.sums: dict[str, Tensor] | None = None  # since the last row of the record
-        broadcast(self.modules)
+        broadcast_weights(self.modules)
         torch.manual_seed(config.seed)
         decoder.compile_parts(config.compile)
 
@@ -164,7 +164,7 @@ class Trainer(Loop):
         sum_over_ranks(self.sums.values())
         rest = {k: v.item() for k, v in metrics.items() if k not in self.sums}
         if self.clock: rest['train/minutes'] = self.clock.used / 60
-        row = averages(self.sums) | rest | context_statistics(gather(context), gather(self.slots.samples['group']))
+        row = averages(self.sums) | rest | context_statistics(all_gather(context), all_gather(self.slots.samples['group']))
         self.sums = None
         return row
 
@@ -182,6 +182,6 @@ class Trainer(Loop):
         if self.ema: self.ema.average = {n: t.to(device) for n, t in state['ema'].items()}
         self.slots.load_state_dict(state, self.local)
         # the sums so far are everybody's: one process goes on with them, the others from zero
-        own = lambda v: (v if is_first() else torch.zeros_like(v)).to(device)
+        own = lambda v: (v if is_rank_zero() else torch.zeros_like(v)).to(device)
         self.sums = state['sums'] and {k: own(v) for k, v in state['sums'].items()}
         super().load_state_dict(state)
