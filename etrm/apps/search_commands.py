@@ -27,7 +27,6 @@ from etrm.apps.commands import (
 )
 from .commands import TasksPlace, announced, config_through, names_of, sizes_of
 from ..basics.files import markdown_table, new_file, new_folder
-from ..data.novelty import new_view_bits_by_input
 from ..experiments.task_sets import make_task_sets, validation_tasks
 from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_search, png
