@@ -25,7 +25,7 @@ from ..training.weights import load_strictly
 from ..training.checkpoints import read_config, read_tensors
 from ..training.saving import save_checkpoint
 from ..training.loop import Loop
-from ..training.pace import insisting
+from ..training.pace import save_with_retries
 from ..training.stopping import finishing
 from .configurations import ExperimentConfig
 from ..basics.distributed import from_rank_zero, is_rank_zero
@@ -272,7 +272,7 @@ class TrainingCheckpoint:
         state: dict | None = None,  # from `state_of`, of a training that is stopped before its end
     ):
         "The save that a training ends with: finished before a request to stop takes effect, tried again where it fails."
-        with finishing(): insisting(lambda: self._write(state))
+        with finishing(): save_with_retries(lambda: self._write(state))
 
     def _write(self, state: dict | None):
         "On the first process; the others wait."

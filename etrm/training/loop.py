@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..basics.distributed import local_slice, sum_gradients
 from ..basics.settings import Settings
-from .clock import Clock, counted, ended
+from .clock import Clock, updates_to_make, is_over
 from .faults import Faults
 from .optim import EMA, AdamConfig, lr_scale
 from .pace import Pace, paced
@@ -93,7 +93,7 @@ class Loop:
     @property
     def finished(self) -> bool:
         "Whether all configured updates are made, or all of the time is used."
-        return ended(self.updates, self.config.steps, self.clock)
+        return is_over(self.updates, self.config.steps, self.clock)
 
     def run(self,
         log: Callable[[int, dict[str, float]], None],  # gets the number of updates and the record's values
@@ -110,7 +110,7 @@ class Loop:
 
     def _run(self, pace: Pace, log: Callable, evaluate: Callable | None, until: float):
         c = self.config
-        for made in counted(self.updates, until, self.clock, self.name):
+        for made in updates_to_make(self.updates, until, self.clock, self.name):
             found = self.step()
             self.count(found)
             if made % c.log_every == 0 or made == until or self.finished:
