@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from ..basics.plain_yaml import plain_yaml, read_plain_yaml
 from ..model.decoder import DecoderConfig
 from ..model.encoders import EncoderConfig
-from ..basics.settings import Settings, merged
+from ..basics.settings import deep_update, Settings
 from ..training.loop import LoopConfig
 from ..training.trainer import TrainConfig
 from ..tasks.splits import TasksConfig
@@ -164,7 +164,7 @@ def load_config(
         if not equals or key.count('.') > 5: raise ValueError(f'{reprlib.repr(override)} is not an override: write key=value, as train.steps=100')
         nested = plain_yaml(value, f'the value of {key}')
         for part in reversed(key.split('.')): nested = {part: nested}
-        found = merged(found, nested)
+        found = deep_update(found, nested)
     try: return ExperimentConfig.model_validate(found)
     except ValidationError as error: raise ValueError(explain(error, name)) from error
 
@@ -188,7 +188,7 @@ def read_yaml(name: str | Path, above: tuple[str, ...] = ()) -> dict:
         raise ValueError(f'there is no configuration {name!r}' + (f'; did you mean {near[0]!r}?' if near else '.') + f' There are: {", ".join(config_names())}')
     found = read_plain_yaml(file)
     if not isinstance(found, dict): raise ValueError(f'{name} is not a configuration: it needs keys and values')
-    return merged(read_yaml(beside(file, base), (*above, name)), found) if (base := found.pop('base', None)) else found
+    return deep_update(read_yaml(beside(file, base), (*above, name)), found) if (base := found.pop('base', None)) else found
 
 
 def explain(error: ValidationError, name: str | Path) -> str:
