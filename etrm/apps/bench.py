@@ -27,10 +27,11 @@ from ..data.batches import eval_batches
 from ..data.stream import Stream
 from ..data.puzzles import puzzle_data
 from ..model.contexts import PuzzleEmbedding
-from ..search.search import search
+from ..search.search import SearchConfig, search
+from ..data.queries import Demos
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.encoders import DemoEncoder, EncoderConfig
-from ..model.losses import stablemax_cross_entropy, trm_loss
+from ..model.losses import trm_loss
 from ..training.optim import AdamATan2
 from ..tasks.task import Pair, Task
 from ..training.trainer import TrainConfig, Trainer
@@ -214,11 +215,11 @@ def search_step(config: DecoderConfig, batch_size: int, parts: str = 'no', devic
     decoder, K = Decoder(config).to(device), 4 if batch_size % 4 == 0 else 1
     decoder.compile_parts(parts)
     inputs, contexts = random_queries(config, batch_size, device)
-    inputs, start = inputs.unflatten(0, (-1, K)), contexts[::K]
-    shown = torch.ones(inputs.shape[:2], dtype=torch.bool, device=device)
+    inputs, start, once = inputs.unflatten(0, (-1, K)), contexts[::K], SearchConfig(steps=1, supervision_steps=1)
+    demos = Demos(inputs, inputs, torch.ones(inputs.shape[:2], dtype=torch.bool, device=device))
     def step():
         if parts == 'graphs': torch.compiler.cudagraph_mark_step_begin()
-        search(decoder, inputs, inputs, shown, start, stablemax_cross_entropy, 1, supervision_steps=1)
+        search(decoder, demos, start, once)
     return step
 
 

@@ -17,7 +17,7 @@ import torch
 import typer
 
 from .commands import WHICH_TASKS, AsJson, Commands, DecoderPath, Device, LAB_DECODER, announced, number_of
-from ..basics.distributed import is_first
+from ..basics.distributed import is_rank_zero
 from ..basics.files import new_file
 from ..experiments.task_sets import make_task_sets
 from ..evaluation.submissions import score_submission, submission as submission_of
@@ -67,7 +67,7 @@ def evaluate(
     with new_file(in_folder(out, 'results.json')) as write_results, new_file(in_folder(out, 'submission.json')) as write_submission:
         if data is not None: rows, votes = tables.evaluate_dataset(data, source, most or 0, device=place)
         else: rows, votes = evaluated(source, kind, tables.configuration_for(source, config_name), most, place)
-        if not is_first(): return
+        if not is_rank_zero(): return
         print(json.dumps(rows) if as_json else methods.format_results(rows))
         write_results(json.dumps(rows, indent=1))
         write_submission(json.dumps(submission_of(next(iter(votes.values())))))
@@ -103,7 +103,7 @@ def in_folder(
     name: str,
 ) -> Path | None:  # None where nothing is to be written
     "A file of the folder of results, which the first process alone writes."
-    return out / name if out is not None and is_first() else None
+    return out / name if out is not None and is_rank_zero() else None
 
 # %% ../../nbs/api/8_apps/07_evaluation_commands.ipynb #84388199
 SubmissionFile = Annotated[Path, typer.Argument(help='A submission.json.')]

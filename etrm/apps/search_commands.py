@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['searching', 'MOST_VIEWS', 'RATE', 'SearchRate', 'RULE', 'SearchRule', 'STAGES', 'Stages', 'Groups', 'Sets',
            'ANY_SETS', 'AnySets', 'EncoderRun', 'VALIDATION', 'START', 'Start', 'STEPS', 'StepsOrNone', 'VIEWS',
-           'Views', 'CHAINS', 'Library', 'SKIP', 'SkipTooLarge', 'SubmissionFile', 'Steps', 'STARTS', 'Starts',
+           'Views', 'CHAINS', 'Library', 'SKIP', 'SkipTooLarge', 'SubmissionFile', 'Steps', 'STARTS', 'StartNames',
            'ALL_VOTE', 'VotingViews', 'EncoderRuns', 'StepsOfSearch', 'BEST_VIEWS', 'BestViews', 'FigureFile',
            'EncoderThrough', 'SECOND', 'SecondContexts', 'FIRST_ROWS', 'FirstRows', 'COMPILE', 'Compiled', 'WhichTasks',
-           'DecoderWithTable', 'TableFolder', 'Pairs', 'FOUND_RATE', 'stages_of', 'marks_of', 'chosen_sets', 'search',
-           'that_fit', 'search_table', 'search_curves', 'curves_table', 'side_by_side', 'by_name', 'search_chains',
-           'chains_table', 'oracle', 'oracle_table', 'searched_table']
+           'DecoderWithTable', 'TableFolder', 'Pairs', 'FOUND_RATE', 'stages_of', 'marks_of', 'asked_search',
+           'chosen_sets', 'search', 'start_of', 'that_fit', 'search_table', 'search_curves', 'curves_table',
+           'side_by_side', 'by_name', 'search_chains', 'chains_table', 'oracle', 'oracle_table', 'searched_table']
 
 # %% ../../nbs/api/8_apps/08_search_commands.ipynb #c9679830
 import json
@@ -18,36 +18,44 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from torch import Tensor
 
 from etrm.apps.commands import (
     LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile,
 )
 from .commands import TasksPlace, announced, config_through, names_of, sizes_of
 from ..basics.files import markdown_table, new_file, new_folder
-from ..data.novelty import new_view_bits_by_input
-from ..data.puzzles import puzzle_data
 from ..experiments.task_sets import make_task_sets, validation_tasks
 from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_search, png
 from ..evaluation.submissions import no_answers
 from ..experiments.configurations import ExperimentConfig
 from ..experiments.loading import load_encoder, new_to, table_for
+from ..experiments.side_by_side import side_by_side as beside, side_by_side_table
 from ..experiments.tables import configuration_for
-from ..search import chains, curves
+from ..model.decoder import Decoder
+from ..model.encoders import DemoEncoder
+from ..search import chain_answers, curves, oracle as steering, own_tasks
+from ..search.asked import asked_sets
+from ..search.chains import ChainConfig
+from ..search.search import SearchConfig, search_rate
+from ..search.starts import Starts
 from ..tasks.task import Task, check_fits, fits, load_tasks
 from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..training.checksums import CheckpointError
 from ..training.saving import save_checkpoint
 
 # %% ../../nbs/api/8_apps/08_search_commands.ipynb #ab74c0d7
 searching = Commands()
 
 MOST_VIEWS = 1001  # a task's own and 1,000 augmented ones, as the official program
-RATE = ("Rate of the search; without it an encoder's train.search_lr, or from a decoder's mean row, and of chains, "
+RATE = ("Rate of the search; without it the search.lr of an encoder's configuration, or from a decoder's mean row, and of chains, "
         "0.14 of the standard deviation of the table's rows.")
 SearchRate = Annotated[float | None, typer.Option(min=0, help=RATE)]
 RULE = ("How the search steps: adam, or normalised, along the gradient at RMS 1; "
-        "without it an encoder's train.search_rule, or adam; of chains normalised.")
+        "without it the search.rule of an encoder's configuration, or adam; of chains normalised.")
 SearchRule = Annotated[str | None, typer.Option(help=RULE)]
 STAGES = '64x5,16x20'
 Stages = Annotated[str, typer.Option(help='Of chains: how many to keep, and gradient steps for each, stage by stage.')]
@@ -73,6 +81,14 @@ def marks_of(
 ) -> tuple[int, ...]:
     "The numbers of steps after which is measured: those below `steps`, and that."
     return tuple(sorted({m for m in marks if m < steps} | {steps}))
+
+# %% ../../nbs/api/8_apps/08_search_commands.ipynb #67261313
+def asked_search(
+    search: SearchConfig,
+    **asked,  # by key; None: as it is
+) -> SearchConfig:
+    "A search, with what is asked for otherwise."
+    return search.with_(**{key: value for key, value in asked.items() if value is not None})
 
 # %% ../../nbs/api/8_apps/08_search_commands.ipynb #cd7bbe1f
 VALIDATION = {'validation': {}, 'validation compositions': dict(compositions=1)}  # as `validation_tasks` is asked for them
@@ -130,10 +146,30 @@ def search(
     place, source, every = announced(device), Checkpoint(decoder), load_tasks(tasks, require_solutions=False)
     asked = that_fit(every, sizes_of(source).canvas, skip_too_large)
     with new_file(out) as write:
-        if library is None: found = curves.search_tasks(source, asked, 100 if steps is None else steps, lr, views - 1, rule, place)
-        else: found = chains.chain_tasks(source, library, asked, lr, planned, rule or 'normalised', device=place)
+        if library is None:
+            frozen, start, config = start_of(source, lr, place)
+            found = own_tasks.search_tasks(frozen, start, asked, asked_search(config, steps=steps, rule=rule), views - 1)
+        else:
+            frozen, encoder, _ = load_encoder(source, place)
+            table = table_for(frozen, library)
+            planned = ChainConfig(lr=search_rate(table) if lr is None else lr, rule=rule or 'normalised', stages=planned)
+            found = chain_answers.chain_tasks(frozen, encoder, table.contexts(), asked, planned)
         print(json.dumps(found['summary']) if as_json else search_table(found['summary']))
         write(json.dumps(no_answers(every) | found['submission']))  # of tasks left out it says that they are not answered
+
+
+def start_of(
+    checkpoint: Checkpoint,
+    lr: float | None,  # of the search; None: an encoder's own, or of a table its rows'
+    device: torch.device,
+) -> tuple[Decoder, DemoEncoder | Tensor, SearchConfig]:  # decoder; encoder, or the mean of the table's rows (T, D); how it is searched
+    "Where a search starts, and how it goes."
+    if checkpoint.tensors['encoder']:
+        decoder, encoder, config = load_encoder(checkpoint, device)
+        return decoder, encoder, asked_search(config.search, lr=lr)
+    decoder, table, _ = load_checkpoint(checkpoint, device=device)
+    if table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
+    return decoder, table.contexts().mean(0), SearchConfig(lr=search_rate(table) if lr is None else lr)
 
 # %% ../../nbs/api/8_apps/08_search_commands.ipynb #288dc731
 def that_fit(
@@ -162,7 +198,7 @@ def search_table(summary: list[dict]) -> str:  # Markdown
 Steps = Annotated[int, typer.Option(min=0, help='Gradient steps.')]
 STARTS = ("Where to start, separated by commas; two more: shuffled, the encoder's context for another task, "
           "and retrieved, the embedding of the table that answers most demonstrations.")
-Starts = Annotated[str, typer.Option(help=STARTS)]
+StartNames = Annotated[str, typer.Option(help=STARTS)]
 ALL_VOTE = ('Views of each task, its own and augmented ones: each is searched by itself, '
             'and they vote: all of them, and those that answer most demonstrations.')
 VotingViews = Annotated[int, typer.Option(min=1, max=MOST_VIEWS, help=ALL_VOTE)]
@@ -175,7 +211,7 @@ def search_curves(
     steps: Steps = 50,
     lr: SearchRate = None,
     rule: SearchRule = None,
-    starts: Starts = 'encoder,mean,noise',
+    starts: StartNames = 'encoder,mean,noise',
     groups: Groups = 100,
     sets: AnySets = None,
     views: VotingViews = 1,
@@ -188,12 +224,11 @@ def search_curves(
     place, source = announced(device), Checkpoint(decoder)
     frozen, encoder, config = load_encoder(checkpoint, place)
     table = table_for(frozen, source) if {'mean', 'noise', 'retrieved'} & set(asked) else None
-    new = new_to(config, *([source] if table is not None else []))
-    config = config.with_(tasks=dict(max_eval_groups=groups))
-    lr, rule = config.train.search_lr if lr is None else lr, rule or config.train.search_rule
+    begin, new = Starts(encoder, table, tuple(asked)), new_to(config, *([source] if table is not None else []))
+    config, search = config.with_(tasks=dict(max_eval_groups=groups)), asked_search(config.search, steps=steps, lr=lr, rule=rule)
     with new_file(out) as write:
-        chosen = chosen_sets(config, sets)
-        rows = curves.search_curves(frozen, encoder, table, chosen, config.num_demos, steps, lr, marks, tuple(asked), views - 1, rule, new)
+        laid_out = asked_sets(frozen, chosen_sets(config, sets), config.num_demos, views - 1, new)
+        rows = curves.search_curves(frozen, begin, laid_out, search, marks)
         print(json.dumps(rows) if as_json else curves_table(rows, views))
         write(json.dumps(rows))
 
@@ -232,8 +267,8 @@ def side_by_side(
     "Encoder runs on the same tasks, without search and with it: one table, one figure. Example: etrm side-by-side checkpoints/lab_run checkpoints/lab_structured_20000 --groups 8 --steps 5 --views 4"
     place, named = announced(device), by_name(checkpoints)
     with new_file(out, '.png') as write:
-        found = curves.side_by_side(named, groups, steps, marks_of(steps, (0, 5, 20, 50, 100)), views, place)
-        print(json.dumps(found) if as_json else curves.format_side_by_side(found))
+        found = beside(named, groups, marks_of(steps, (0, 5, 20, 50, 100)), views, place)
+        print(json.dumps(found) if as_json else side_by_side_table(found))
         if out is not None: write(png(plot_search(found)))
 
 
@@ -275,16 +310,16 @@ def search_chains(
     if start not in ('encoder', 'mean'): raise ValueError(f'--start is {start!r}: choose encoder or mean')
     planned = stages_of(stages)  # before anything is read
     place, source = announced(device), Checkpoint(decoder)
-    frozen, encoder, table, config = chains.load_chains(checkpoint, source, place)
-    config = config.with_(tasks=dict(max_eval_groups=groups))
+    frozen, encoder, config = load_encoder(checkpoint, place)
+    table = table_for(frozen, source)
     library, second = table.contexts()[:rows], encoder if start == 'encoder' else table.contexts().mean(0)
-    lr, new, found = curves.search_rate(table) if lr is None else lr, new_to(config, source), []
+    plan, new = ChainConfig(lr=search_rate(table) if lr is None else lr, stages=planned), new_to(config, source)
+    config, found = config.with_(tasks=dict(max_eval_groups=groups)), []
     with new_file(out) as write:
-        chosen = chosen_sets(config, sets)
         if compiled: frozen.compile_parts('blocks')
-        for name, tasks in chosen.items():
-            bits = new_view_bits_by_input(new(name, puzzle_data(tasks, config.decoder.canvas)), tasks)
-            found += chains.chain_rows(frozen, second, library, tasks, config.num_demos, lr, planned, set=name, new_views=bits, start=start, rows=len(library))
+        for asked in asked_sets(frozen, chosen_sets(config, sets), config.num_demos, new=new):
+            about = dict(new_views=asked.about()['new_views'], start=start, rows=len(library))
+            found += [row | about for row in chain_answers.chain_rows(frozen, second, library, asked, plan)]
         print(json.dumps(found) if as_json else chains_table(found))
         write(json.dumps(found))
 
@@ -316,8 +351,8 @@ def oracle(
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
     c, marks = config_through(source, config, overrides), marks_of(steps, (0, 5, 20, 50, 100, 200, 400))
     with new_file(out) as write:
-        chosen = chosen_sets(c, sets, more={})
-        rows = curves.oracle(frozen, table, chosen, c.num_demos, steps, lr, marks, new_to(c, source))
+        asked = asked_sets(frozen, chosen_sets(c, sets, more={}), c.num_demos, new=new_to(c, source))
+        rows = steering.oracle(frozen, table, asked, SearchConfig(steps=steps, lr=lr), marks)
         print(json.dumps(rows) if as_json else oracle_table(rows))
         write(json.dumps(rows))
 
@@ -348,7 +383,8 @@ def searched_table(
     with new_folder(out) as fresh:
         frozen, table, saved = load_checkpoint(source, device=place)
         if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
-        found, right = curves.searched_table(frozen, table, make_task_sets(configuration_for(source))[0], pairs, steps, lr)
+        plan, tasks = SearchConfig(steps=steps, lr=search_rate(table) if lr is None else lr), make_task_sets(configuration_for(source))[0]
+        found, right = steering.searched_table(frozen, table, tasks, pairs, plan)
         whole = (right == pairs).sum()
         print(f'{len(right)} rows, found in {steps} steps on {pairs} pairs each: {right.sum()} of {pairs * len(right)} pairs answered ({whole} rows answer all of theirs)')
         save_checkpoint(fresh, dict(decoder=frozen, table=found), saved)

@@ -17,7 +17,7 @@ import typer
 
 from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume
 from .commands import RunsFolder, WithWandb, announced, config_through, names_of, number_of
-from ..basics.distributed import from_first, is_first
+from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import markdown_table, new_file
 from ..experiments.task_sets import make_task_sets
 from ..evaluation.intervals import Rate
@@ -52,9 +52,9 @@ def pretrain(
 ):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
     place, c = announced(device), load_config(config, tuple(overrides or ()))
-    folder = run_folder(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
+    folder = run_folder(resume) if resume else from_rank_zero(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
     pretraining.pretrain(c, folder, wandb, start, until, place, fresh_table)
-    if is_first(): print(folder / 'checkpoint')
+    if is_rank_zero(): print(folder / 'checkpoint')
 
 # %% ../../nbs/api/8_apps/06_training_commands.ipynb #f4402be4
 @training.add
@@ -94,9 +94,9 @@ def train(
     frozen, table, trained_as = load_checkpoint(source, device=place)
     check_embeddings(c, trained_as, decoder)
     settings, tasks = settings_of('train', c, dict(decoder=source)), make_task_sets(c)[0]
-    folder = run_folder(resume) if resume else from_first(lambda: new_run_folder(runs, f'{c.name}-train'))
+    folder = run_folder(resume) if resume else from_rank_zero(lambda: new_run_folder(runs, f'{c.name}-train'))
     with open_run(folder, settings, wandb) as record: train_encoder(c, frozen, table, tasks, record)
-    if is_first(): print(folder / 'checkpoint')
+    if is_rank_zero(): print(folder / 'checkpoint')
 
 # %% ../../nbs/api/8_apps/06_training_commands.ipynb #aff09c9f
 StudyName = Annotated[str, typer.Argument(help='Name or YAML file of a study.')]

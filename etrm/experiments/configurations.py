@@ -20,6 +20,7 @@ from ..basics.plain_yaml import plain_yaml, read_plain_yaml
 from ..model.decoder import DecoderConfig
 from ..model.encoders import EncoderConfig
 from ..basics.settings import deep_update, Settings
+from ..search.search import SearchConfig
 from ..training.loop import LoopConfig
 from ..training.trainer import TrainConfig
 from ..tasks.splits import TasksConfig
@@ -77,9 +78,7 @@ def was_saved(info: ValidationInfo) -> bool:
 
 class EncoderTrainConfig(TrainConfig):
     "How an encoder is trained through the decoder: what the `Trainer` reads, and what is passed in to it."
-    search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations between context and answer, in every update')
-    search_lr: float = Field(.05, gt=0, description='of that search; `etrm search` and its like take it too where they are given none')
-    search_rule: Literal['adam', 'normalised'] = Field('adam', description='how that search steps, and `etrm search` and its like where they are given none: by Adam, or by the gradient at RMS 1')
+    search_steps: int = Field(0, ge=0, description='gradient steps on the demonstrations between context and answer, in every update, at the rate and by the rule of `search`')
     contrast: float = Field(0., ge=0, description='weight of the contrast between tasks: contexts of two halves of the demonstrations should find each other in the batch')
     rows: float = Field(0., ge=0, description="weight of the regression's losses, which go on beside the decoder's: an encoder is held near the rows of the tasks that the table knows")
 
@@ -112,6 +111,18 @@ class ExperimentConfig(Settings):
     curriculum: float = Field(0., ge=0, lt=1, description='share of the updates over which families come in one after another, those that change the fewest cells first; 0: all from the start')
     translate: bool = False
     evaluation: EvaluationConfig = EvaluationConfig()
+    search: SearchConfig = Field(SearchConfig(), description='of contexts, from where the encoder points: `etrm search` and its like take it where they are given nothing else')
+
+    @model_validator(mode='before')
+    @classmethod
+    def _search_was_of_training(cls, found):
+        "Older versions wrote rate and rule of a search as train.search_lr and train.search_rule."
+        train = found.get('train') if isinstance(found, dict) else None
+        if not isinstance(train, dict): return found
+        older = {key: train[f'search_{key}'] for key in ('lr', 'rule') if f'search_{key}' in train}
+        if not older: return found
+        rest = {key: value for key, value in train.items() if key not in ('search_lr', 'search_rule')}
+        return merged(found | dict(train=rest), dict(search=older))
 
     @classmethod
     def saved(cls, found: dict) -> 'ExperimentConfig':

@@ -25,10 +25,10 @@ from ..training.weights import load_strictly
 from ..training.checkpoints import read_config, read_tensors
 from ..training.saving import save_checkpoint
 from ..training.loop import Loop
-from ..training.pace import insisting
+from ..training.pace import save_with_retries
 from ..training.stopping import finishing
 from .configurations import ExperimentConfig
-from ..basics.distributed import from_first, is_first
+from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import new_file
 from ..tasks.task import read_json
 from ..training.records import Record, lock_folder
@@ -191,10 +191,10 @@ class Run(Record):
     ):
         super().__init__(folder, wandb_run)
         self.folder, self.checkpoint, self.regression = folder, *(folder / name for name in CHECKPOINTS)
-        self.rows = from_first(lambda: self.rows)
+        self.rows = from_rank_zero(lambda: self.rows)
 
     @property
-    def state(self) -> RunState: return from_first(lambda: run_state(self.folder))
+    def state(self) -> RunState: return from_rank_zero(lambda: run_state(self.folder))
 
     @property
     def updates(self) -> int:
@@ -219,8 +219,8 @@ def open_run(
             begun = (folder / 'settings.json').exists()
             _claim(folder, settings)
             if begun: print(f'{folder} {_progress(folder)}', file=sys.stderr)
-        from_first(begin)
-        tracked = start_wandb(folder, folder.name, settings['config']) if wandb_on and is_first() else None
+        from_rank_zero(begin)
+        tracked = start_wandb(folder, folder.name, settings['config']) if wandb_on and is_rank_zero() else None
         if tracked is not None: held.callback(tracked.finish)
         yield Run(folder, tracked)
 
@@ -238,7 +238,7 @@ class TrainingCheckpoint:
     @property
     def state(self) -> RunState:  # NEW, INTERRUPTED or TRAINED
         "How far the training is."
-        state = from_first(lambda: training_state(self.place))
+        state = from_rank_zero(lambda: training_state(self.place))
         if state is RunState.NEW: return state
         different = differences(with_defaults(read_config(self.place)), self.config.model_dump(mode='json'))
         if different: raise CheckpointError(f'{self.place} is of another run: {"; ".join(different)}; resume with its own configuration, or choose another folder')
@@ -272,8 +272,8 @@ class TrainingCheckpoint:
         state: dict | None = None,  # from `state_of`, of a training that is stopped before its end
     ):
         "The save that a training ends with: finished before a request to stop takes effect, tried again where it fails."
-        with finishing(): insisting(lambda: self._write(state))
+        with finishing(): save_with_retries(lambda: self._write(state))
 
     def _write(self, state: dict | None):
         "On the first process; the others wait."
-        from_first(lambda: save_checkpoint(self.place, self.parts, self.config.model_dump(mode='json'), state))
+        from_rank_zero(lambda: save_checkpoint(self.place, self.parts, self.config.model_dump(mode='json'), state))

@@ -33,8 +33,10 @@ from ..data.queries import Queries
 from ..evaluation.answers import contexts_of, measures_row, measure_answers
 from ..tasks.task import digest, read_json
 from ..basics.files import new_file
-from .runs import Run, RunState, check_place, check_settings, open_run, run_state, settings_of
+from .runs import Run, check_place, check_settings, open_run, settings_of, RunState, run_state
+from ..search.asked import asked_sets
 from ..search.curves import search_curves
+from ..search.starts import Starts
 from ..basics.settings import Settings
 from ..data.novelty import new_view_bits_by_input
 from ..training.trainer import Trainer
@@ -211,7 +213,8 @@ def measured(decoder: Decoder, source, name: str, tasks, config: ExperimentConfi
 
 def measured_searched(decoder: Decoder, encoder, sets: dict, config: ExperimentConfig, steps: int, new: Callable, about: dict) -> list[dict]:
     "Rows for each set: answers after a search from the encoder's contexts."
-    found = search_curves(decoder, encoder, None, sets, config.num_demos, steps, config.train.search_lr, (steps,), ('encoder',), rule=config.train.search_rule, new=new)
+    asked, start = asked_sets(decoder, sets, config.num_demos, new=new), Starts(encoder, names=('encoder',))
+    found = search_curves(decoder, start, asked, config.search.with_(steps=steps), (steps,))
     return [about | {k: v for k, v in row.items() if k not in ('start', 'steps', 'demonstrations')} | dict(method='searched', search_steps=steps) for row in found]
 
 # %% ../../nbs/api/7_experiments/12_studies.ipynb #afb5613a
