@@ -122,7 +122,7 @@ class ExperimentConfig(Settings):
         older = {key: train[f'search_{key}'] for key in ('lr', 'rule') if f'search_{key}' in train}
         if not older: return found
         rest = {key: value for key, value in train.items() if key not in ('search_lr', 'search_rule')}
-        return merged(found | dict(train=rest), dict(search=older))
+        return deep_update(found | dict(train=rest), dict(search=older))
 
     @classmethod
     def saved(cls, found: dict) -> 'ExperimentConfig':
