@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from ..basics.plain_yaml import plain_yaml, read_plain_yaml
 from ..model.decoder import DecoderConfig
 from ..model.encoders import EncoderConfig
-from ..basics.settings import Settings, merged
+from ..basics.settings import deep_update, Settings
 from ..search.search import SearchConfig
 from ..training.loop import LoopConfig
 from ..training.trainer import TrainConfig
@@ -147,7 +147,7 @@ class ExperimentConfig(Settings):
         older = {key: train[f'search_{key}'] for key in ('lr', 'rule') if f'search_{key}' in train}
         if not older: return found
         rest = {key: value for key, value in train.items() if key not in ('search_lr', 'search_rule')}
-        return merged(found | dict(train=rest), dict(search=older))
+        return deep_update(found | dict(train=rest), dict(search=older))
 
     @classmethod
     def saved(cls, found: dict) -> 'ExperimentConfig':
@@ -210,7 +210,7 @@ def read_yaml(
     found = read_plain_yaml(file)
     if not isinstance(found, dict): raise ValueError(f'{name} is not a configuration: it needs keys and values')
     base = found.pop('base', None)
-    return merged(read_yaml(beside(file, base), (*above, name)), found) if base else found
+    return deep_update(read_yaml(beside(file, base), (*above, name)), found) if base else found
 
 # %% ../../nbs/api/7_experiments/01_configurations.ipynb #2142b3ef
 def explain(
@@ -249,6 +249,6 @@ def load_config(
             raise ValueError(f'{reprlib.repr(override)} is not an override: write key=value, as train.steps=100')
         nested = plain_yaml(value, f'the value of {key}')
         for part in reversed(key.split('.')): nested = {part: nested}
-        found = merged(found, nested)
+        found = deep_update(found, nested)
     try: return ExperimentConfig.model_validate(found)
     except ValidationError as error: raise ValueError(explain(error, name)) from error
