@@ -21,7 +21,9 @@ from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import markdown_table, new_file
 from ..experiments.task_sets import make_task_sets
 from ..evaluation.intervals import Rate
-from ..experiments import experiment, pretraining, studies
+from ..experiments import experiment, pretraining, study_runs
+from ..experiments.comparisons import summarise
+from ..experiments.studies import load_study
 from ..experiments.configurations import load_config
 from ..experiments.encoder_training import train_encoder
 from ..experiments.loading import check_embeddings
@@ -117,11 +119,11 @@ def study(
     as_json: AsJson = False,
 ):
     "Run a study, one change at a time over several seeds; what is finished is not run again. Example: etrm study encoders --seeds 0 --variants report,strong"
-    place, found = announced(device), studies.load_study(name)
+    place, found = announced(device), load_study(name)
     some = variants and names_of(variants, '--variants')
     few = seeds and [number_of(s, '--seeds') for s in names_of(seeds, '--seeds')]
     with new_file(out) as write:
-        rows = studies.run_study(found, decoder, runs / f'study-{found.name}', some, few, tuple(overrides or ()), place)
+        rows = study_runs.run_study(found, decoder, runs / f'study-{found.name}', some, few, tuple(overrides or ()), place)
         print(json.dumps(rows) if as_json else study_table(rows))
         write(json.dumps(rows))
 
@@ -129,5 +131,5 @@ def study(
 def study_table(rows: list[dict]) -> str:  # Markdown
     "What each variant solves of each set, pooled over seeds."
     cells = [[variant, name, r['seeds'], f'{Rate.of_row(r):.1%}', f"{r['mean']:.1%}"]
-             for variant, sets in studies.summarise(rows).items() for name, r in sets.items()]
+             for variant, sets in summarise(rows).items() for name, r in sets.items()]
     return markdown_table(['variant', 'set', 'seeds', 'exact (95% interval)', 'cells'], cells)
