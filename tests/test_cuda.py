@@ -2,14 +2,15 @@
 import pytest
 import torch
 
-from etrm.apps.bench import format_rows, measure, random_tasks, training_step
+from etrm.apps.bench import format_rows, measure
+from etrm.apps.bench_steps import Setup, random_tasks, training_step
 from etrm.data.stream import Stream
 from etrm.data.puzzles import puzzle_data
 from etrm.model.contexts import PuzzleEmbedding, noise
-from etrm.search.search import SEARCH_RULES, search
+from etrm.data.queries import Demos
+from etrm.search.search import SEARCH_RULES, SearchConfig, search
 from etrm.model.decoder import COMPILED, Decoder, DecoderConfig
 from etrm.basics.devices import device_of
-from etrm.model.losses import stablemax_cross_entropy
 from etrm.training.trainer import TrainConfig, Trainer
 
 pytestmark = pytest.mark.cuda
@@ -34,8 +35,9 @@ def test_noise_is_that_of_the_cpu():
 def test_a_search_goes_where_it_goes_on_the_cpu(rule):
     torch.manual_seed(0)
     decoder = Decoder(SMALL)
-    demos = torch.randint(2, 12, (2, 3, 9)), torch.randint(2, 12, (2, 3, 9)), torch.ones(2, 3, dtype=torch.bool)
-    there = lambda device: search(decoder.to(device), *demos, torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(1)), stablemax_cross_entropy, steps=3, rule=rule)
+    demos = Demos(torch.randint(2, 12, (2, 3, 9)), torch.randint(2, 12, (2, 3, 9)), torch.ones(2, 3, dtype=torch.bool))
+    start, three = torch.randn(2, 2, 32, generator=torch.Generator().manual_seed(1)), SearchConfig(steps=3, rule=rule)
+    there = lambda device: search(decoder.to(device), demos, start, three)
     (contexts, losses), (on_gpu, losses_there) = there('cpu'), there('cuda')
     assert on_gpu.device.type == losses_there.device.type == 'cuda'
     torch.testing.assert_close(on_gpu.cpu(), contexts, atol=1e-3, rtol=1e-3)
@@ -62,11 +64,11 @@ def test_what_is_compiled_trains_and_answers_as_what_is_not(parts):
 @pytest.mark.parametrize('parts', COMPILED[1:])
 def test_a_search_through_a_compiled_decoder(parts):
     torch.manual_seed(0)
-    decoder, demos = Decoder(SMALL).cuda(), (torch.randint(2, 12, (2, 3, 9)), torch.randint(2, 12, (2, 3, 9)), torch.ones(2, 3, dtype=torch.bool))
-    start = torch.randn(2, 2, 32)
-    wanted = search(decoder, *demos, start, stablemax_cross_entropy, steps=3)
+    decoder, demos = Decoder(SMALL).cuda(), Demos(torch.randint(2, 12, (2, 3, 9)), torch.randint(2, 12, (2, 3, 9)), torch.ones(2, 3, dtype=torch.bool))
+    start, three = torch.randn(2, 2, 32), SearchConfig(steps=3)
+    wanted = search(decoder, demos, start, three)
     decoder.compile_parts(parts)
-    for found, value in zip(search(decoder, *demos, start, stablemax_cross_entropy, steps=3), wanted): torch.testing.assert_close(found, value, atol=1e-3, rtol=1e-3)
+    for found, value in zip(search(decoder, demos, start, three), wanted): torch.testing.assert_close(found, value, atol=1e-3, rtol=1e-3)
 
 
 OFFICIAL = 33.5 * 2**30  # bytes of the official program's compiled step at its own shape, batch 192, measured on an H200
@@ -74,7 +76,7 @@ OFFICIAL = 33.5 * 2**30  # bytes of the official program's compiled step at its 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 45e9, reason='a step at the official shape takes some 35 GB')
 def test_memory_of_a_step_at_the_official_shape():
-    step = training_step(DecoderConfig(), 192, parts='blocks', device='cuda')
+    step = training_step(Setup(DecoderConfig(), 192, 'cuda', 'blocks'))
     step(); torch.cuda.reset_peak_memory_stats()
     step()
     assert torch.cuda.max_memory_allocated() <= OFFICIAL, f'{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB'

@@ -7,7 +7,7 @@ __all__ = ['BYTES', 'Demos', 'Queries']
 
 # %% ../../nbs/api/2_data/04_queries.ipynb #0adfc117
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from torch import nn, Tensor
@@ -23,6 +23,7 @@ class Demos:
     inputs: Tensor  # (N, K, S) int64 tokens
     labels: Tensor  # (N, K, S) int64, IGNORE_LABEL where nothing is asked
     mask: Tensor  # (N, K) bool, which of the K there are
+    extent: Tensor | None = None  # (N, K, 2) for a decoder with `crop`, where more is known than the demonstrations say
 
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> 'Demos':
@@ -31,11 +32,14 @@ class Demos:
 
     def __len__(self) -> int: return len(self.inputs)
 
-    def __getitem__(self, rows) -> 'Demos':  # a slice, a mask or indices
-        return Demos(self.inputs[rows], self.labels[rows], self.mask[rows])
+    def map(self, change: Callable[[Tensor], Tensor]) -> 'Demos':
+        "With each tensor that there is changed."
+        return Demos(*(t if t is None else change(t) for t in (self.inputs, self.labels, self.mask, self.extent)))
 
-    def to(self, device: str | torch.device) -> 'Demos':
-        return Demos(self.inputs.to(device), self.labels.to(device), self.mask.to(device))
+    def __getitem__(self, rows) -> 'Demos':  # a slice, a mask or indices
+        return self.map(lambda t: t[rows])
+
+    def to(self, device: str | torch.device) -> 'Demos': return self.map(lambda t: t.to(device))
 
     @property
     def num_demos(self) -> int:  # K

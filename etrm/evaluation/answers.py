@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 
 from ..basics.devices import where_is
-from ..basics.distributed import merged, mine, world_size
+from ..basics.distributed import all_gather_items, local_items, world_size
 from ..data.puzzles import PuzzleData
 from ..data.queries import Queries
 from .votes import Predictions
@@ -25,12 +25,12 @@ from .intervals import Rate
 # %% ../../nbs/api/5_evaluation/05_answers.ipynb #c00ef729
 def _gather(
     device: torch.device,
-    found: list[tuple[Tensor, ...]],  # this rank's results, one for each of `mine`
+    found: list[tuple[Tensor, ...]],  # this rank's results, one for each of `local_items`
 ) -> list[tuple[Tensor, ...]]:
     "Those of all ranks; between processes they go through the CPU."
     if world_size() == 1: return found
     on = lambda device, results: [tuple(t.to(device) for t in tensors) for tensors in results]
-    return on(device, merged(on('cpu', found)))
+    return on(device, all_gather_items(on('cpu', found)))
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def contexts_of(
     source.eval()
     queries, device = Queries.of(data, source, num_demos, batch_size), where_is(source)
     reads = lambda batch: {name: batch[name].to(device) for name in source.reads}
-    found = _gather(device, [(context_of(source, reads(batch)),) for _, batch in mine(queries)])
+    found = _gather(device, [(context_of(source, reads(batch)),) for _, batch in local_items(queries)])
     return torch.cat([context for context, in found]), queries.whole('group').long().to(device)
 
 # %% ../../nbs/api/5_evaluation/05_answers.ipynb #c1c0789b
@@ -56,7 +56,7 @@ def decode(
 ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:  # a batch, its last step's logits (B, S, V) and q_halt (B,)
     "Run all supervision steps on every query of this process's batches."
     if len(contexts) != len(queries): raise ValueError(f'{len(contexts)} contexts for {len(queries)} queries')
-    for i, batch in mine(queries):
+    for i, batch in local_items(queries):
         at = i * queries.batch_size
         some = contexts[at:at + len(batch['inputs'])].to(where_is(decoder))
         yield batch, *last_step(decoder, batch['inputs'], some, batch.get('extent'), queries.batch_size)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..basics.devices import where_is
-from ..data.batches import labels_of
 from ..data.stream import Stream
 from ..data.puzzles import puzzle_data, PuzzleData
-from ..data.queries import Queries
+from ..data.queries import Demos, Queries
 from ..evaluation.answers import contexts_of, measure_answers
 from .configurations import ExperimentConfig
 from .regression import near_embeddings, regress
@@ -25,8 +24,7 @@ from .task_sets import validation_tasks
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
 from ..model.encoders import DemoEncoder
-from ..model.losses import stablemax_cross_entropy
-from ..search.search import search
+from ..search.search import SearchConfig, descent, frozen
 from ..tasks.grids import PAD
 from ..tasks.task import Task
 from ..training.row_names import check_names
@@ -64,14 +62,12 @@ def new_encoder(
 # %% ../../nbs/api/7_experiments/07_encoder_training.ipynb #823d60a3
 def search_refinement(
     decoder: Decoder,
-    steps: int,
-    lr: float,
-    rule: str,  # as of `search`
+    config: SearchConfig,
 ) -> Callable[[Tensor, Batch], Tensor]:
     "A refinement: the context after a search on the demonstrations; the gradient takes the way as a constant, as in arXiv 2411.08706."
     def refine(context: Tensor, batch: Batch) -> Tensor:
-        demos = batch['demo_inputs'], labels_of(batch['demo_labels']), batch['demo_mask']
-        found, _ = search(decoder, *demos, context, stablemax_cross_entropy, steps, lr, rule=rule, check=False)  # `Faults` notes it, without waiting
+        with frozen(decoder):
+            *_, (found, _) = descent(decoder, Demos.of(batch), context, config)  # `Faults` notes what is not finite, without waiting
         return context + (found - context.detach())
     return refine
 
@@ -86,7 +82,7 @@ def extras_of(
     c = config.train
     return Extras(batch_losses=(contrast(encoder, c.contrast),) if c.contrast else (),
                   context_losses=(near_embeddings(config, table, where_is(decoder)),) if c.rows else (),
-                  refine=search_refinement(decoder, c.search_steps, c.search_lr, c.search_rule) if c.search_steps else None)
+                  refine=search_refinement(decoder, config.search.with_(steps=c.search_steps)) if c.search_steps else None)
 
 # %% ../../nbs/api/7_experiments/07_encoder_training.ipynb #37e404d8
 def measuring(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..basics.distributed import from_first, is_first
+from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import new_file
 from ..data.puzzles import puzzle_data
 from ..evaluation.answers import contexts_of
@@ -38,7 +38,6 @@ from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
 from ..training.saving import remove
 from ..training.weights import compare_decoders
-from ..data.stream import Stream
 
 # %% ../../nbs/api/7_experiments/10_experiment.ipynb #ae97b2ff
 def check_decoder(
@@ -138,7 +137,7 @@ def run(
     device: str | torch.device = 'cpu',
 ) -> Path:  # the run's folder: config, record, results, verdict, figures, encoder checkpoint
     "The frozen-decoder experiment, end to end."
-    say = say if is_first() else (lambda line: None)
+    say = say if is_rank_zero() else (lambda line: None)
     checkpoint = Checkpoint.of(checkpoint)
     decoder, table, trained_as = load_checkpoint(checkpoint, device=device)
     config = config.with_(decoder=decoder.config)
@@ -147,21 +146,21 @@ def run(
     known = known_puzzles(trained_as, train, config) if table is not None else None
     if known is not None: check_names(table.names, known, checkpoint)
     settings = settings_of('run', config, dict(decoder=checkpoint))
-    folder = run_folder(resume) if resume else from_first(lambda: new_run_folder(runs, config.name))
+    folder = run_folder(resume) if resume else from_rank_zero(lambda: new_run_folder(runs, config.name))
     with open_run(folder, settings, wandb_on) as record:
         say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
         say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))
         encoder = train_encoder(config, decoder, table, train, record, sets=sets)
         if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
-        from_first(lambda: remove(record.regression))  # it was for resuming
+        from_rank_zero(lambda: remove(record.regression))  # it was for resuming
         try: rows, votes = evaluate(config, decoder, encoder, None if known is None else table, sets, known, new_to(config, checkpoint))
         except KeyboardInterrupt as error: raise Stopped(record.updates, record.checkpoint) from error
         contexts = contexts_shown(config, encoder, table, sets)
-        from_first(lambda: write_results(record, config, contexts, sets, rows, votes))
+        from_rank_zero(lambda: write_results(record, config, contexts, sets, rows, votes))
         scores = next(r['pass_at_k'] for r in rows if r['set'] == config.evaluation.decides and r['method'] == 'encoder')
         if not any(scores.keys() <= row.keys() for row in record.rows): record(record.updates, scores)
         verdicts = verdicts_of(config, record.rows, rows)  # whatever it says, the results are there
-        from_first(lambda: write_verdict(folder, verdicts))
+        from_rank_zero(lambda: write_verdict(folder, verdicts))
         if record.wandb_run is not None: record.wandb_run.results(folder, rows)
     say(f'\n{closing(config, rows, verdicts, folder)}')
     return folder

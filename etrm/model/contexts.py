@@ -8,7 +8,7 @@ __all__ = ['CONTROLS', 'PuzzleEmbedding', 'context_of', 'zero', 'mean', 'noise',
 # %% ../../nbs/api/3_model/03_contexts.ipynb #4aab0a19
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn, Tensor
 
 from ..basics.distributed import draw
 from .layers import truncated_normal_
@@ -16,7 +16,7 @@ from .layers import truncated_normal_
 # %% ../../nbs/api/3_model/03_contexts.ipynb #a0aa5fcd
 class PuzzleEmbedding(nn.Module):
     "TRM's table of learned puzzle embeddings: the context source that cannot meet a new task."
-    reads = ("puzzle_identifiers",)  # what it is called with, of a batch
+    reads = ('puzzle_identifiers',)  # what it is called with, of a batch
     def __init__(self,
         num_identifiers: int,  # rows, the blank row 0 included
         puzzle_emb_ndim: int,  # numbers in a row, at most T * D
@@ -49,14 +49,18 @@ class PuzzleEmbedding(nn.Module):
     ):
         "Raise where there is no row."
         low, high = int(puzzle_identifiers.min()), int(puzzle_identifiers.max())
-        if low < 0 or high >= len(self.weights): raise ValueError(f'puzzle identifiers {low}..{high} are outside the table of {len(self.weights)} rows')
+        if low >= 0 and high < len(self.weights): return
+        raise ValueError(f'puzzle identifiers {low}..{high} are outside the table of {len(self.weights)} rows')
 
-    def lay_out(self, rows: Tensor) -> Tensor:
-        "Rows (B, puzzle_emb_ndim) as contexts (B, T, D), zeros behind."
-        return F.pad(rows.float(), (0, self.puzzle_emb_len * self.hidden_size - rows.shape[1])).view(-1, self.puzzle_emb_len, self.hidden_size)
+    def lay_out(self,
+        rows: Tensor,  # (B, puzzle_emb_ndim)
+    ) -> Tensor:  # (B, T, D)
+        "Rows as contexts, zeros behind."
+        T, D = self.puzzle_emb_len, self.hidden_size
+        return F.pad(rows.float(), (0, T * D - rows.shape[1])).view(-1, T, D)
 
-    def contexts(self) -> Tensor:
-        "Every row as a context, the blank row left out (num_identifiers - 1, T, D)."
+    def contexts(self) -> Tensor:  # (num_identifiers - 1, T, D)
+        "Every row as a context, the blank row left out."
         return self.lay_out(self.weights[1:])
 
 # %% ../../nbs/api/3_model/03_contexts.ipynb #19ab2454
@@ -84,7 +88,8 @@ def mean(contexts: Tensor, tasks: Tensor) -> Tensor:
 def noise(contexts: Tensor, tasks: Tensor) -> Tensor:
     "Gaussian noise with the contexts' mean and standard deviation, per coordinate, drawn anew for each task."
     _, task = tasks.unique(return_inverse=True)
-    drawn = torch.randn(int(task.max()) + 1, *contexts.shape[1:]).to(contexts.device)  # the same of a seed on every device
+    # on the CPU: a seed means the same on every device
+    drawn = torch.randn(int(task.max()) + 1, *contexts.shape[1:]).to(contexts.device)
     return contexts.mean(0) + contexts.std(0, correction=0) * drawn[task]
 
 
@@ -93,7 +98,8 @@ def shuffled(contexts: Tensor, tasks: Tensor) -> Tensor:
     ids, task = tasks.unique(return_inverse=True)
     if len(ids) < 2: raise ValueError('shuffled contexts need at least two tasks in the batch')
     order = torch.argsort(task, stable=True)
-    first = order[torch.searchsorted(task[order], torch.arange(len(ids), device=task.device))]  # a sample of each task
+    numbers = torch.arange(len(ids), device=task.device)
+    first = order[torch.searchsorted(task[order], numbers)]  # a sample of each task
     return contexts[first.roll(-1)][task]
 
 

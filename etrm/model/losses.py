@@ -54,17 +54,17 @@ def contrastive_loss(
     b: Tensor,  # (B, T, D) of the same tasks, from other demonstrations
     groups: Tensor,  # (B,) which task
     temperature: float = .1,
-    there: Tensor | None = None,  # (B,) bool, which samples count; None: all
+    valid: Tensor | None = None,  # (B,) bool, which samples count; None: all
 ) -> Tensor:  # scalar; 0 where everything points the right way without doubt
     "InfoNCE between the contexts of the batch (arXiv 1807.03748)."
-    there = torch.ones_like(groups, dtype=torch.bool) if there is None else there
-    some = there.any()
-    there = there | ~some  # a mean over none would not be a number
-    both, weight = torch.cat([a, b]), torch.cat([there, there])[:, None, None]
+    valid = torch.ones_like(groups, dtype=torch.bool) if valid is None else valid
+    some = valid.any()
+    valid = valid | ~some  # a mean over none would not be a number
+    both, weight = torch.cat([a, b]), torch.cat([valid, valid])[:, None, None]
     mean = (both * weight).sum(0) / weight.sum()
-    a, b = (F.normalize((x - mean).flatten(1), dim=1) for x in (a, b))
+    a, b = (F.normalize((x - mean).flatten(1), dim=1) for x in (a, b))  # then a product is a cosine
     itself = torch.arange(len(a), device=a.device)
-    unseen = (groups[:, None] == groups) | ~(there[:, None] & there)
+    unseen = (groups[:, None] == groups) | ~(valid[:, None] & valid)
     logits = (a @ b.T / temperature).masked_fill(unseen & (itself[:, None] != itself), -torch.inf)
-    asked = itself.masked_fill(~there, IGNORE_LABEL)
+    asked = itself.masked_fill(~valid, IGNORE_LABEL)
     return some * (F.cross_entropy(logits, asked) + F.cross_entropy(logits.T, asked)) / 2

@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/6_search/00_index.ipynb #97d6a6bc
-MODULES = ('search', 'curves', 'chains')  # in reading order
+# %% ../../nbs/api/6_search/00_index.ipynb #a13eb9a2
+MODULES = ('search', 'asked', 'starts', 'curves', 'oracle', 'own_tasks', 'chains', 'chain_answers')  # in reading order

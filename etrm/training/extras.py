@@ -31,13 +31,15 @@ def contrast(
     weight: float,
 ) -> Callable[[Batch], Tensor]:
     "A batch loss: the weighted `contrastive_loss` between contexts of two halves of each sample's demonstrations."
-    if 'demo_inputs' not in encoder.reads: raise ValueError('contrast needs demonstrations, which a table does not read: set it to 0')
-    if world_size() > 1: raise ValueError('contrast compares the samples of one process: set it to 0, or train in one process')
+    if 'demo_inputs' not in encoder.reads:
+        raise ValueError('contrast needs demonstrations, which a table does not read: set it to 0')
+    if world_size() > 1:
+        raise ValueError('contrast compares the samples of one process: set it to 0, or train in one process')
     def loss(batch: Batch) -> Tensor | float:
         half = batch['demo_mask'].shape[1] // 2
         if not half: return 0.
         demos = [batch[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
         two = [[d[:, part] for d in demos] for part in (slice(half), slice(half, None))]
         both = two[0][2].any(1) & two[1][2].any(1)  # one demonstration has no halves
-        return weight * contrastive_loss(*(encoder(*part) for part in two), batch['group'], there=both)
+        return weight * contrastive_loss(*(encoder(*part) for part in two), batch['group'], valid=both)
     return loss

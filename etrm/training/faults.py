@@ -22,7 +22,8 @@ class Faults:
     def __init__(self,
         device: str | torch.device = 'cpu',  # of losses and gradients
     ):
-        self.first = torch.zeros(3, dtype=widest_float(torch.device(device)), device=device)  # update, loss, norm of the gradient; update 0: none so far
+        # update, loss, norm of the gradient; update 0: none so far
+        self.first = torch.zeros(3, dtype=widest_float(torch.device(device)), device=device)
 
     def note(self,
         update: int,  # from 1
@@ -37,7 +38,8 @@ class Faults:
     def check(self):
         "Raise where there was one; a GPU is waited for."
         update, loss, norm = self.first.tolist()
-        if update: raise Diverged(f'update {update:.0f} diverged: its loss is {loss:g}, the norm of its gradient {norm:g}')
+        if update:
+            raise Diverged(f'update {update:.0f} diverged: its loss is {loss:g}, the norm of its gradient {norm:g}')
 
     def check_weights(self,
         updates: int,  # that were made

@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn, Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..model.contexts import PuzzleEmbedding
 from ..basics.settings import Settings
+from ..model.contexts import PuzzleEmbedding
 
 # %% ../../nbs/api/4_training/01_optim.ipynb #5e223246
 class AdamConfig(Settings):
@@ -32,7 +33,8 @@ class OptimConfig(AdamConfig):
     "The same, with what only the training loop has: the table's own steps, clipping, averages."
     puzzle_emb_lr: float = Field(1e-2, ge=0)
     puzzle_emb_weight_decay: float = Field(.1, ge=0)
-    puzzle_emb_rule: Literal['sign', 'normalised'] = Field('sign', description="step of a table row: the gradient's sign, as the official program, or the gradient at RMS 1")
+    puzzle_emb_rule: Literal['sign', 'normalised'] = Field('sign', description=(
+        "step of a table row: the gradient's sign, as the official program, or the gradient at RMS 1"))
     grad_clip: float = Field(0., ge=0, description='clip the gradient norm to this; 0 does not clip')
     ema_rate: float = Field(.999, ge=0, lt=1, description='0 keeps no moving average')
 
@@ -49,6 +51,7 @@ class AdamATan2(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        "One step of every parameter that has a gradient."
         loss = None
         if closure is not None:
             with torch.enable_grad(): loss = closure()
@@ -61,12 +64,14 @@ class AdamATan2(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]: self.state[p] = dict(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
             self.state[p]['step'] += 1
-        m, v = [self.state[p]['m'] for p in params], [self.state[p]['v'] for p in params]
-        grads, t = [p.grad for p in params], [self.state[p]['step'] for p in params]
+        m, v, t = ([self.state[p][key] for p in params] for key in ('m', 'v', 'step'))
+        grads = [p.grad for p in params]
         torch._foreach_lerp_(m, grads, 1 - beta1)
-        torch._foreach_mul_(v, beta2); torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
-        m, v = torch._foreach_div(m, [1 - beta1**n for n in t]), torch._foreach_div(v, [1 - beta2**n for n in t])
+        m = torch._foreach_div(m, [1 - beta1**n for n in t])  # bias-corrected
+        v = torch._foreach_div(v, [1 - beta2**n for n in t])
         torch._foreach_sqrt_(v)
         for m_, v_ in zip(m, v): m_.atan2_(v_)
         torch._foreach_sub_(params, m, alpha=lr)
@@ -80,7 +85,7 @@ def at_rms_1(
 
 # %% ../../nbs/api/4_training/01_optim.ipynb #e5bb510e
 class TableSGD:
-    "Sign-SGD, or SGD with normalised gradients, on the touched rows of a `PuzzleEmbedding`, with decoupled weight decay."
+    "SGD by sign, or by normalised gradients, on the touched rows of a table, with decoupled weight decay."
     def __init__(self,
         table: PuzzleEmbedding,  # its last training call says which rows were touched
         lr: float = 1e-2,
@@ -91,10 +96,11 @@ class TableSGD:
 
     @torch.no_grad()
     def step(self):
+        "One step of the rows that were touched."
         if self.table.touched is None or self.table.touched[1].grad is None:
             raise ValueError('the table has no gradient to apply: call it in training mode and back-propagate first')
         identifiers, rows = self.table.touched
-        # one place for each identifier, its first in sorted order: as many places as samples, so that no GPU is asked how many there are
+        # a place for each identifier, its first in sorted order; as many places as samples: no GPU is asked how many
         place = torch.searchsorted(identifiers.sort().values, identifiers)
         gradient = torch.zeros_like(rows).index_add_(0, place, rows.grad)[place]
         old = self.table.weights[identifiers]
@@ -110,9 +116,10 @@ def lr_scale(
     share: float | None = None,  # of a run by the clock that is over, 0 to 1; None: the run goes by steps
 ) -> float:  # factor on every learning rate
     "Linear warm-up over `lr_warmup_steps`, then cosine to `lr_min_ratio` at `total_steps`, or at the end of the time."
-    if step < config.lr_warmup_steps: return (step + 1) / config.lr_warmup_steps
-    progress = (step - config.lr_warmup_steps) / max(1, total_steps - config.lr_warmup_steps) if share is None else share
-    return config.lr_min_ratio + (1 - config.lr_min_ratio) * .5 * (1 + math.cos(math.pi * min(1., progress)))
+    warmup, lowest = config.lr_warmup_steps, config.lr_min_ratio
+    if step < warmup: return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup) if share is None else share
+    return lowest + (1 - lowest) * .5 * (1 + math.cos(math.pi * min(1., progress)))
 
 # %% ../../nbs/api/4_training/01_optim.ipynb #230d637f
 class EMA:
@@ -121,7 +128,7 @@ class EMA:
         module: nn.Module,  # followed; its parameters without gradient are left out
         rate: float = .999,
     ):
-        self.rate = rate
+        self.rate, self._step = rate, get_ema_multi_avg_fn(rate)
         self.average = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -129,12 +136,12 @@ class EMA:
         "One step towards the module's weights now."
         if not self.average: return
         live = dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.average.values()), [live[n].detach() for n in self.average], 1 - self.rate)
+        self._step(list(self.average.values()), [live[n].detach() for n in self.average], None)
 
     @torch.no_grad()
     def swap(self, module: nn.Module):
         "Exchange average and live weights: call before an evaluation and again after it."
         live = dict(module.named_parameters())
         for n, average in self.average.items():
-            held = live[n].detach().clone()
-            live[n].copy_(average); average.copy_(held)
+            weights = live[n].detach().clone()
+            live[n].copy_(average); average.copy_(weights)

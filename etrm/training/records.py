@@ -17,7 +17,7 @@ from typing import Iterator
 
 from filelock import FileLock, Timeout
 
-from ..basics.distributed import is_first
+from ..basics.distributed import is_rank_zero
 from ..basics.files import file_size, new_file
 
 # %% ../../nbs/api/4_training/02_records.ipynb #4208eddd
@@ -141,9 +141,9 @@ class Record(_RecordFile):
     ):
         "Log the values of a step."
         row = {'step': step} | values
-        if self.cut_short and is_first(): self.rewrite()
+        if self.cut_short and is_rank_zero(): self.rewrite()
         self.rows.append(row)
-        if not is_first(): return
+        if not is_rank_zero(): return
         self.append(row)
         if self.wandb_run is None: return
         of_regression = any(k.startswith('regression/') for k in values)
@@ -158,6 +158,6 @@ class Record(_RecordFile):
             raise ValueError(f'{self.file} has {len(self.rows)} rows, the checkpoint was saved after {n}: it is the record of another run')
         if len(self.rows) == n: return
         self.rows = self.rows[:n]
-        if not is_first(): return
+        if not is_rank_zero(): return
         if n: self.rewrite()
         else: self.set_aside()

@@ -16,13 +16,19 @@ def context_statistics(
 ) -> dict[str, float]:
     "The encoder statistics of the log."
     c = context.detach().float()
+    found = dict(token_std=c.std(0).mean(), cross_sample_var=c.var(0).mean(), within_group_var=_variance_within(c, groups),
+                 output_mean=c.mean(), output_std=c.std(), output_norm=c.norm(dim=-1).mean())
+    return {f'encoder_{name}': value.item() for name, value in found.items()}
+
+
+def _variance_within(c: Tensor, groups: Tensor) -> Tensor:  # scalar; nan where each task is seen once
+    "The variance within a task."
     _, g = groups.unique(return_inverse=True)
     n = torch.bincount(g)
-    means = torch.zeros(len(n), *c.shape[1:], device=c.device).index_add_(0, g, c) / n[:, None, None]
     several = (n > 1)[g]  # a task seen once says nothing about its spread
-    within = ((c - means[g]).square()[several].sum() / (n[n > 1] - 1).sum() / c[0].numel()) if several.any() else torch.tensor(float('nan'))
-    return {'encoder_token_std': c.std(0).mean().item(), 'encoder_cross_sample_var': c.var(0).mean().item(), 'encoder_within_group_var': within.item(),
-            'encoder_output_mean': c.mean().item(), 'encoder_output_std': c.std().item(), 'encoder_output_norm': c.norm(dim=-1).mean().item()}
+    if not several.any(): return torch.tensor(float('nan'))
+    means = torch.zeros(len(n), *c.shape[1:], device=c.device).index_add_(0, g, c) / n[:, None, None]
+    return (c - means[g]).square()[several].sum() / (n[n > 1] - 1).sum() / c[0].numel()
 
 # %% ../../nbs/api/4_training/13_statistics.ipynb #8d7c4ef8
 def averages(
