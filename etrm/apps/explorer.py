@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from ..experiments.configurations import ExperimentConfig
 from ..model.contexts import CONTROLS, PuzzleEmbedding
-from ..data.puzzles import PuzzleData, puzzle_data
+from ..data.puzzles import PuzzleData, puzzle_data, unaugmented
 from ..model.decoder import Decoder
 from ..basics.devices import where_is
-from ..data.puzzles import unaugmented
 from ..evaluation.answers import answer, contexts_of
-from ..tasks.grids import draw_grid, tokens_to_grid
+from ..tasks.grids import tokens_to_grid
+from ..tasks.drawing import draw_grid
 from ..evaluation.plots import literal
-from ..tasks.task import Task, check_fits, load_tasks
+from ..tasks.task import Task, check_fits
+from ..tasks.reading import load_tasks
 from ..evaluation.votes import Candidate, vote
 from ..training.row_names import check_names
 

@@ -42,7 +42,8 @@ from ..search.asked import asked_sets
 from ..search.chains import ChainConfig
 from ..search.search import SearchConfig, search_rate
 from ..search.starts import Starts
-from ..tasks.task import Task, check_fits, fits, load_tasks
+from ..tasks.task import Task, check_fits, fits
+from ..tasks.reading import load_tasks
 from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..training.checksums import CheckpointError
 from ..training.saving import save_checkpoint

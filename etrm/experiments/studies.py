@@ -31,7 +31,8 @@ from .experiment import check_sets
 from .loading import known_puzzles, new_to, through
 from ..data.queries import Queries
 from ..evaluation.answers import contexts_of, measures_row, measure_answers
-from ..tasks.task import digest, read_json
+from ..tasks.task import digest
+from ..tasks.reading import read_json
 from ..basics.files import new_file
 from .runs import Run, check_place, check_settings, open_run, settings_of, RunState, run_state
 from ..search.asked import asked_sets
