@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from etrm.experiments import experiment, runs as of_runs, studies
+from etrm.experiments import experiment, runs as of_runs, study_runs
 from etrm.training.saving import load_training_state
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
@@ -135,7 +135,7 @@ def is_held(folder: Path) -> bool:
     except ValueError: return True
 
 
-@pytest.mark.parametrize('command, last', [('run', (experiment, 'write_verdict')), ('pretrain', (of_runs, 'save_checkpoint')), ('train', (of_runs, 'save_checkpoint')), ('study', (studies, 'measured'))])
+@pytest.mark.parametrize('command, last', [('run', (experiment, 'write_verdict')), ('pretrain', (of_runs, 'save_checkpoint')), ('train', (of_runs, 'save_checkpoint')), ('study', (study_runs, 'measured'))])
 def test_the_folder_is_held_until_the_last_file_is_written(command, last, decoders, tmp_path, monkeypatch):
     write, held = getattr(*last), []
     def watched(*args, **kwargs):

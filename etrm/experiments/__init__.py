@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/7_experiments/00_index.ipynb #f6293974
-MODULES = ('configurations', 'task_sets', 'runs', 'loading', 'pretraining', 'regression', 'encoder_training', 'evaluating', 'verdicts', 'experiment', 'tables', 'studies', 'side_by_side')  # in reading order
+# %% ../../nbs/api/7_experiments/00_index.ipynb #9fcacbef
+MODULES = ('configurations', 'task_sets', 'runs', 'loading', 'pretraining', 'regression', 'encoder_training', 'evaluating', 'verdicts', 'experiment', 'tables', 'studies', 'side_by_side', 'study_runs', 'comparisons')  # in reading order

@@ -38,7 +38,6 @@ from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
 from ..training.saving import remove
 from ..training.weights import compare_decoders
-from ..data.stream import Stream
 
 # %% ../../nbs/api/7_experiments/10_experiment.ipynb #ae97b2ff
 def check_decoder(
