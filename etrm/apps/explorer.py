@@ -23,11 +23,13 @@ from ..data.puzzles import PuzzleData, unaugmented
 from ..evaluation.answers import contexts_of
 from ..evaluation.plots import as_label
 from ..experiments.configurations import ExperimentConfig
+from ..data.puzzles import unaugmented
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
 from ..evaluation.plots import as_label
-from ..tasks.grids import draw_grid
-from ..tasks.task import Task, check_fits, load_tasks
+from ..tasks.drawing import draw_grid
+from ..tasks.reading import load_tasks
+from ..tasks.task import Task, check_fits
 from ..training.row_names import check_names
 
 # %% ../../nbs/api/8_apps/02_explorer.ipynb #7a8b2ada

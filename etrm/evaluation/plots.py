@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ..basics.files import plain
 from .intervals import Rate
-from ..tasks.grids import draw_grid
+from ..tasks.drawing import draw_grid
 from ..training.records import series
 
 # %% ../../nbs/api/5_evaluation/08_plots.ipynb #8709b82e

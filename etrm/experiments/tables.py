@@ -29,10 +29,11 @@ from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, copy_answers
 from .runs import differences
 from .task_sets import make_task_sets
-from ..tasks.grids import Augmentation
+from ..tasks.augmentations import Augmentation
 from ..tasks.patterns import onehot_programs, pattern_tasks
 from ..tasks.rules import sample_rules
-from ..tasks.task import Task, load_challenges, read_json
+from ..tasks.task import Task
+from ..tasks.reading import load_challenges, read_json
 from ..evaluation.votes import Predictions, Votes, concatenate
 from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
