@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from etrm.apps.bench import format_rows, measure, random_tasks, training_step
+from etrm.apps.bench import format_rows, measure
+from etrm.apps.bench_steps import Setup, random_tasks, training_step
 from etrm.data.stream import Stream
 from etrm.data.puzzles import puzzle_data
 from etrm.model.contexts import PuzzleEmbedding, noise
@@ -75,7 +76,7 @@ OFFICIAL = 33.5 * 2**30  # bytes of the official program's compiled step at its 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 45e9, reason='a step at the official shape takes some 35 GB')
 def test_memory_of_a_step_at_the_official_shape():
-    step = training_step(DecoderConfig(), 192, parts='blocks', device='cuda')
+    step = training_step(Setup(DecoderConfig(), 192, 'cuda', 'blocks'))
     step(); torch.cuda.reset_peak_memory_stats()
     step()
     assert torch.cuda.max_memory_allocated() <= OFFICIAL, f'{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB'

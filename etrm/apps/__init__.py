@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/8_apps/00_index.ipynb #06052d71
-MODULES = ('explorer', 'bench', 'neighbours', 'inspection', 'commands', 'training_commands', 'evaluation_commands', 'search_commands', 'file_commands', 'bench_commands', 'cli')  # in reading order
+# %% ../../nbs/api/8_apps/00_index.ipynb #ea7002df
+MODULES = ('exploration', 'explorer', 'plain_step', 'timing', 'bench_steps', 'bench', 'bench_data', 'neighbours', 'inspection', 'commands', 'training_commands', 'evaluation_commands', 'search_commands', 'measuring_commands', 'file_commands', 'bench_commands', 'cli')  # in reading order

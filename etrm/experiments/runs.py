@@ -19,20 +19,18 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from ..training.checkpoints import Checkpoint
+from ..training.checkpoints import Checkpoint, read_config, read_tensors
 from ..training.checksums import CheckpointError
 from ..training.weights import load_strictly
-from ..training.checkpoints import read_config, read_tensors
-from ..training.saving import save_checkpoint
+from ..training.saving import save_checkpoint, finish_interrupted_save, load_training_state
 from ..training.loop import Loop
 from ..training.pace import save_with_retries
 from ..training.stopping import finishing
 from .configurations import ExperimentConfig
 from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import new_file
-from ..tasks.task import read_json
+from ..tasks.reading import read_json
 from ..training.records import Record, lock_folder
-from ..training.saving import finish_interrupted_save, load_training_state
 from ..training.tracking import start_wandb
 
 # %% ../../nbs/api/7_experiments/03_runs.ipynb #fcbc2db3

@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from etrm.training.checkpoints import (
-    Checkpoint, load_checkpoint, read_config, read_tensors, row_names,
-)
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config, read_tensors, row_names
 from .configurations import ExperimentConfig, load_config
 from ..model.contexts import PuzzleEmbedding
 from ..data.puzzles import PuzzleData, puzzle_data
@@ -29,14 +27,15 @@ from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, copy_answers
 from .runs import differences
 from .task_sets import make_task_sets
-from ..tasks.grids import Augmentation
 from ..tasks.patterns import onehot_programs, pattern_tasks
 from ..tasks.rules import Rule, sample_rules
-from ..tasks.task import load_challenges, Task
+from ..tasks.task import Task
 from ..evaluation.votes import Predictions, Votes, concatenate
 from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
 from ..training.sizes import decoder_config
+from ..tasks.augmentations import Augmentation
+from ..tasks.reading import load_challenges, read_json
 
 # %% ../../nbs/api/7_experiments/11_tables.ipynb #aa7b4cb1
 def model_type(
