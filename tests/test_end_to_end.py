@@ -14,16 +14,15 @@ import torch
 
 from etrm.training.checkpoints import load_checkpoint
 from etrm.experiments.configurations import load_config
-from etrm.data.puzzles import puzzle_data
+from etrm.data.puzzles import puzzle_data, unaugmented
 from etrm.evaluation.intervals import clopper_pearson
-from etrm.data.puzzles import unaugmented
 from etrm.experiments.encoder_training import train_encoder
 from etrm.experiments.experiment import check_decoder, run
 from etrm.experiments.pretraining import pretrain
 from etrm.evaluation.answers import solved_queries
 from etrm.training.records import new_run_folder, Record, read_record
 from etrm.experiments.task_sets import make_task_sets
-from etrm.tasks.task import check_leakage, pair_keys
+from etrm.tasks.leakage import check_leakage, pair_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = ROOT / 'checkpoints' / 'lab_decoder'

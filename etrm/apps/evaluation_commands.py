@@ -26,7 +26,7 @@ from ..experiments import evaluating as methods, tables
 from ..experiments.loading import load_encoder
 from ..experiments.verdicts import say_verdicts, verdict_file, verdicts_of
 from ..experiments.configurations import ExperimentConfig
-from ..tasks.task import load_tasks, read_json
+from ..tasks.reading import load_tasks, read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from ..training.records import read_record
 

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from .exploration import Exploration, explore, set_contexts
 from ..data.puzzles import PuzzleData, unaugmented
 from ..evaluation.answers import contexts_of
-from ..evaluation.plots import literal
+from ..evaluation.plots import as_label
 from ..experiments.configurations import ExperimentConfig
+from ..data.puzzles import unaugmented
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
-from ..tasks.grids import draw_grid
-from ..tasks.task import Task, check_fits, load_tasks
+from ..evaluation.plots import as_label
+from ..tasks.drawing import draw_grid
+from ..tasks.reading import load_tasks
+from ..tasks.task import Task, check_fits
 from ..training.row_names import check_names
 
 # %% ../../nbs/api/8_apps/02_explorer.ipynb #7a8b2ada
@@ -63,7 +66,7 @@ def panels(
 # %% ../../nbs/api/8_apps/02_explorer.ipynb #777c9d34
 def draw_panel(ax: plt.Axes, title: str, grid: np.ndarray | None):
     "A grid under its title; where there is none, the title says so."
-    title = '\n'.join(map(literal, title.split('\n')))
+    title = '\n'.join(map(as_label, title.split('\n')))
     if grid is None or not grid.size: ax.set_title(f'{title}\n(no grid)', fontsize=9)
     else:
         ax.axis('on')

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..data.dataset import read_dataset, read_identifiers
 from ..experiments.tables import rows_share
-from ..tasks.task import Task, corpus_names, load_tasks, read_json, task_files
+from ..tasks.task import Task
+from ..tasks.reading import corpus_names, load_tasks, read_json, task_files
 from ..training.checkpoints import Checkpoint, holds_weights
 from ..training.checksums import CheckpointError
 from ..training.description import describe_checkpoint

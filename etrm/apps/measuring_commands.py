@@ -22,7 +22,7 @@ from .commands import announced, config_through, names_of
 from .search_commands import MOST_VIEWS, STAGES, SearchRate, SearchRule, Stages, asked_search, stages_of
 from ..basics.files import markdown_table, new_file, new_folder
 from ..evaluation.intervals import Rate
-from ..evaluation.plots import plot_search, png
+from ..evaluation.plots import plot_search, png_bytes
 from ..experiments.configurations import ExperimentConfig
 from ..experiments.loading import load_encoder, new_to, table_for
 from ..experiments.side_by_side import side_by_side as compare_runs, side_by_side_table
@@ -151,7 +151,7 @@ def side_by_side(
     with new_file(out, '.png') as write:
         found = compare_runs(named, groups, marks_of(steps, (0, 5, 20, 50, 100)), views, place)
         print(json.dumps(found) if as_json else side_by_side_table(found))
-        if out is not None: write(png(plot_search(found)))
+        if out is not None: write(png_bytes(plot_search(found)))
 
 
 def by_name(paths: list[Path]) -> dict[str, Path]:  # checkpoints

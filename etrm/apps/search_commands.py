@@ -26,7 +26,8 @@ from ..model.encoders import DemoEncoder
 from ..search import chain_answers, own_tasks
 from ..search.chains import ChainConfig
 from ..search.search import SearchConfig, search_rate
-from ..tasks.task import Task, check_fits, fits, load_tasks
+from ..tasks.task import Task, check_fits, fits
+from ..tasks.reading import load_tasks
 from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..training.checksums import CheckpointError
 

@@ -15,8 +15,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume
-from .commands import RunsFolder, WithWandb, announced, config_through, names_of, number_of
+from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume, RunsFolder, WithWandb, announced, config_through, names_of, number_of
 from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import markdown_table, new_file
 from ..experiments.task_sets import make_task_sets
@@ -28,7 +27,7 @@ from ..experiments.configurations import load_config
 from ..experiments.encoder_training import train_encoder
 from ..experiments.loading import check_embeddings
 from ..experiments.runs import open_run, run_folder, settings_of
-from ..tasks.task import read_json
+from ..tasks.reading import read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..training.records import new_run_folder
 

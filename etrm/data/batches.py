@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .puzzles import gather_pairs, PuzzleData
-from ..tasks.grids import IGNORE_LABEL, PAD, TRANSPOSES
+from ..tasks.grids import IGNORE_LABEL, PAD
+from ..tasks.augmentations import TRANSPOSES
 
 # %% ../../nbs/api/2_data/02_batches.ipynb #fa5267c7
 def to_labels(

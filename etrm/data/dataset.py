@@ -15,7 +15,8 @@ import numpy as np
 from ..basics.files import file_size
 from .puzzles import BLANK, gather_pairs, PuzzleData
 from ..tasks.grids import PAD, VOCAB_SIZE
-from ..tasks.task import read_json, Task
+from ..tasks.task import Task
+from ..tasks.reading import read_json
 
 # %% ../../nbs/api/2_data/03_dataset.ipynb #4797d1d9
 def _pairs_in(data: PuzzleData, puzzle: int, split: str) -> np.ndarray:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .batches import labels_of, Selection
 from .puzzles import PuzzleData
-from ..tasks.grids import COLOUR_OFFSET, EOS, FLIPS_COLUMNS, FLIPS_ROWS, PAD, token_sizes, TRANSPOSES
+from ..tasks.grids import COLOUR_OFFSET, EOS, PAD, token_sizes
+from ..tasks.augmentations import FLIPS_COLUMNS, FLIPS_ROWS, TRANSPOSES
 
 # %% ../../nbs/api/2_data/05_layout.ipynb #787e36c0
 def grid_sizes(

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from .puzzles import gather_pairs, PuzzleData
 from ..tasks.families import FAMILIES
-from ..tasks.grids import Augmentation, COLOUR_OFFSET, token_sizes
+from ..tasks.grids import COLOUR_OFFSET, token_sizes
+from ..tasks.augmentations import Augmentation
 from ..tasks.rules import Rule
 from ..tasks.task import Task
 

@@ -13,7 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..tasks.grids import augment_tokens, Augmentation, grid_to_tokens, PAD, token_sizes, translate_tokens
+from ..tasks.grids import grid_to_tokens, PAD, token_sizes
+from ..tasks.augmentations import augment_tokens, Augmentation, translate_tokens
 from ..tasks.task import check_fits, Task
 
 # %% ../../nbs/api/2_data/01_puzzles.ipynb #597c4339

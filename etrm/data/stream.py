@@ -15,7 +15,7 @@ from torch import Tensor
 from .batches import Selection
 from .layout import grid_sizes, Layout
 from .puzzles import PuzzleData
-from ..tasks.grids import TRANSPOSES
+from ..tasks.augmentations import TRANSPOSES
 
 # %% ../../nbs/api/2_data/06_stream.ipynb #f1bfe44b
 class PuzzleSampler:

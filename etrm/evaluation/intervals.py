@@ -71,14 +71,16 @@ class Rate:
 
 # %% ../../nbs/api/5_evaluation/02_intervals.ipynb #0d68170d
 def rate_table(
-    rates: dict[tuple[str, str], Rate | str],  # by row and column; what is missing stays empty
-    corner: str,  # above the rows' names
+    rates: dict[tuple[str | tuple, str], Rate | str],  # by row and column; what is missing stays empty
+    corner: str | tuple[str, ...],  # above the rows' names
     percent: str = '.0%',  # of the bounds
 ) -> str:  # a Markdown table
     "Rates side by side."
+    cells = lambda name: name if isinstance(name, tuple) else (name,)
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*rates))
     text = {place: rate if isinstance(rate, str) else format(rate, percent) for place, rate in rates.items()}
-    return markdown_table([corner, *columns], [[row, *(text.get((row, column), '') for column in columns)] for row in rows])
+    return markdown_table([*cells(corner), *columns],
+                          [[*cells(row), *(text.get((row, column), '') for column in columns)] for row in rows])
 
 # %% ../../nbs/api/5_evaluation/02_intervals.ipynb #a55b1e1a
 def paired_counts(

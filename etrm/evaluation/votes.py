@@ -15,9 +15,8 @@ import numpy as np
 from scipy.special import expit
 
 from ..basics.files import file_size, new_file
-from etrm.tasks.grids import (
-    augment_tokens, Augmentation, COLOUR_OFFSET, grid_to_tokens, INVERSE_DIHEDRAL, token_sizes,
-)
+from ..tasks.grids import COLOUR_OFFSET, grid_to_tokens, token_sizes
+from ..tasks.augmentations import augment_tokens, Augmentation, INVERSE_DIHEDRAL
 from ..tasks.task import Task
 
 # %% ../../nbs/api/5_evaluation/01_votes.ipynb #62ac2887

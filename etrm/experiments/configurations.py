@@ -29,7 +29,8 @@ from ..tasks.splits import TasksConfig
 # what older versions wrote into these sections as well, with these defaults, and nobody read
 NOT_READ = dict(pretrain=dict(search_steps=0, search_lr=.05, search_rule='adam', contrast=0, rows=0))
 NOT_READ['regression'] = NOT_READ['pretrain'] | dict(freeze_decoder=False, compile=False, eval_every=0)
-NOT_READ['regression.optim'] = dict(puzzle_emb_lr=1e-2, puzzle_emb_weight_decay=.1, puzzle_emb_rule='sign', grad_clip=0., ema_rate=.999)
+NOT_READ['regression.optim'] = dict(puzzle_emb_lr=1e-2, puzzle_emb_weight_decay=.1, puzzle_emb_rule='sign',
+                                    grad_clip=0., ema_rate=.999)
 
 
 def leave_out(
@@ -37,7 +38,7 @@ def leave_out(
     section: str,  # a key of NOT_READ
     saved: bool,  # with a checkpoint, where such a key had no effect whatever it says
 ):
-    "What is written in a section, without the keys that nobody reads; where another value than of old is asked for, it stays and is an error."
+    "What is written in a section without the keys that nobody reads; one that asks for something stays, and is an error."
     if not isinstance(found, dict): return found
     old = NOT_READ[section]
     return {k: v for k, v in found.items() if k not in old or not saved and v != old[k]}
@@ -106,10 +107,13 @@ def memory_of(
 ) -> Iterator[tuple[str, int, int, str]]:  # what makes it, how much, the most that is allowed, of what
     "What takes memory: each number may be sane, and their product still take all of it."
     t, S, d, on = c.tasks, c.decoder.seq_len, c.decoder, f'on a canvas of {c.decoder.canvas}'
-    for key, n in {'pretrain.global_batch_size': c.pretrain.global_batch_size, 'train.global_batch_size': c.train.global_batch_size,
-                   'evaluation.batch_size': c.evaluation.batch_size}.items():
-        yield f'{key}={n} with num_demos={c.num_demos} {on} makes batches of', n * (1 + c.num_demos) * S, MOST_OF_A_BATCH, 'tokens'
-    groups, width = f'tasks.max_train_groups={t.max_train_groups}', c.table.puzzle_emb_ndim or d.puzzle_emb_len * d.hidden_size
+    batches = {'pretrain.global_batch_size': c.pretrain.global_batch_size,
+               'train.global_batch_size': c.train.global_batch_size, 'evaluation.batch_size': c.evaluation.batch_size}
+    for key, n in batches.items():
+        tokens = n * (1 + c.num_demos) * S
+        yield f'{key}={n} with num_demos={c.num_demos} {on} makes batches of', tokens, MOST_OF_A_BATCH, 'tokens'
+    groups = f'tasks.max_train_groups={t.max_train_groups}'
+    width = c.table.puzzle_emb_ndim or d.puzzle_emb_len * d.hidden_size
     pairs = t.max_train_groups * t.pairs_per_task * S
     yield f'{groups} with tasks.pairs_per_task={t.pairs_per_task} {on} makes pairs of', pairs, MOST_OF_ALL, 'tokens'
     rows = t.max_train_groups * (1 + t.num_aug)
@@ -184,7 +188,8 @@ class ExperimentConfig(Settings):
 # %% ../../nbs/api/7_experiments/01_configurations.ipynb #78e2c8bc
 def config_names() -> list[str]:
     "The configurations that are shipped."
-    return sorted(p.name.removesuffix('.yaml') for p in files('etrm').joinpath('configs').iterdir() if p.name.endswith('.yaml'))
+    shipped = files('etrm').joinpath('configs').iterdir()
+    return sorted(p.name.removesuffix('.yaml') for p in shipped if p.name.endswith('.yaml'))
 
 
 def beside(
@@ -226,7 +231,8 @@ def explain(
             model = ExperimentConfig
             for part in e['loc'][:-1]: model = _section(model.model_fields[part].annotation)
             near = difflib.get_close_matches(str(e['loc'][-1]), model.model_fields, 1)
-            line = f'unknown key {key}' + (f'; did you mean {near[0]!r}?' if near else f'; there are {", ".join(model.model_fields)}')
+            line = f'unknown key {key}; '
+            line += f'did you mean {near[0]!r}?' if near else f'there are {", ".join(model.model_fields)}'
         if not key: line = e['msg'].removeprefix('Value error, ')  # of two keys that contradict each other
         lines.append(line)
     return f'configuration {name}: ' + '; '.join(lines)

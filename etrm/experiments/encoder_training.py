@@ -37,13 +37,19 @@ def opening_updates(
     data: PuzzleData,  # of these tasks
     updates: float,  # over which families come in
 ) -> np.ndarray:  # (G,) int64 the update from which on each task is drawn
-    "A curriculum: families one after another, those that change the smallest share of their cells first, compositions as one family."
+    "A curriculum: families one after another, those that change the fewest cells first, compositions as one of them."
     if any(t.rule is None for t in train): raise ValueError('curriculum goes by the families of procedural tasks: set it to 0 for others')
     family = np.array(['composition' if '+' in t.rule['family'] else t.rule['family'] for t in train])
-    own = [next(slice(data.start[p], data.stop[p]) for p in np.flatnonzero(data.group == g)) for g in range(len(train))]
-    changed = np.array([(data.inputs[pairs] != data.outputs[pairs]).sum() / ((data.inputs[pairs] != PAD) | (data.outputs[pairs] != PAD)).sum() for pairs in own])
+    first = [np.flatnonzero(data.group == g)[0] for g in range(len(train))]
+    changed = np.array([_share_changed(data, slice(data.start[p], data.stop[p])) for p in first])
     ordered = sorted(set(family), key=lambda name: changed[family == name].mean())
     return np.array([int(updates * ordered.index(name) / len(ordered)) for name in family])
+
+
+def _share_changed(data: PuzzleData, pairs: slice) -> float:
+    "Of the cells of some pairs that are filled before or after."
+    before, after = data.inputs[pairs], data.outputs[pairs]
+    return (before != after).sum() / ((before != PAD) | (after != PAD)).sum()
 
 # %% ../../nbs/api/7_experiments/07_encoder_training.ipynb #50b2a6a7
 def new_encoder(
@@ -64,7 +70,7 @@ def search_refinement(
     decoder: Decoder,
     config: SearchConfig,
 ) -> Callable[[Tensor, Batch], Tensor]:
-    "A refinement: the context after a search on the demonstrations; the gradient takes the way as a constant, as in arXiv 2411.08706."
+    "A refinement: the context after a search on the demonstrations, whose way is a constant (arXiv 2411.08706)."
     def refine(context: Tensor, batch: Batch) -> Tensor:
         with frozen(decoder):
             *_, (found, _) = descent(decoder, Demos.of(batch), context, config)  # `Faults` notes what is not finite, without waiting
@@ -80,9 +86,10 @@ def extras_of(
 ) -> Extras:
     "What `train` adds to the decoder's loss."
     c = config.train
-    return Extras(batch_losses=(contrast(encoder, c.contrast),) if c.contrast else (),
-                  context_losses=(near_embeddings(config, table, where_is(decoder)),) if c.rows else (),
-                  refine=search_refinement(decoder, config.search.with_(steps=c.search_steps)) if c.search_steps else None)
+    of_batch = (contrast(encoder, c.contrast),) if c.contrast else ()
+    of_context = (near_embeddings(config, table, where_is(decoder)),) if c.rows else ()
+    searches = config.search.with_(steps=c.search_steps)
+    return Extras(of_batch, of_context, search_refinement(decoder, searches) if c.search_steps else None)
 
 # %% ../../nbs/api/7_experiments/07_encoder_training.ipynb #37e404d8
 def measuring(
@@ -94,7 +101,8 @@ def measuring(
     "A function that measures an encoder, for the record."
     asked = sets | ({'validation': validation_tasks(config)} if config.evaluation.validation else {})
     if not asked: return None
-    queries = {name: Queries.of(puzzle_data(tasks, decoder.config.canvas), decoder, config.num_demos) for name, tasks in asked.items()}
+    lay_out = lambda tasks: Queries.of(puzzle_data(tasks, decoder.config.canvas), decoder, config.num_demos)
+    queries = {name: lay_out(tasks) for name, tasks in asked.items()}
     def evaluate() -> dict[str, float]:
         found = {name: measure_answers(decoder, q, contexts_of(encoder, q)[0]) for name, q in queries.items()}
         return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
@@ -106,30 +114,33 @@ def train_encoder(
     decoder: Decoder,  # frozen if the configuration says so; where it is, is trained
     table: PuzzleEmbedding | None,  # for encoders whose output is matched to its rows
     train: list[Task],
-    record: Run | Callable[[int, dict[str, float]], None],  # gets the record's values; in an open run's folder training is saved, and goes on
+    record: Run | Callable[[int, dict[str, float]], None],  # in an open run training is saved, and goes on
     until: int | None = None,  # stop after this many updates in all
     sets: dict[str, list[Task]] | None = None,  # measured every `train.eval_every` updates
 ) -> DemoEncoder:  # with averaged weights
     "Train a demonstration encoder through the decoder."
     encoder = new_encoder(config, decoder, table).to(where_is(decoder))
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
-    if table is not None and (config.regression or config.train.rows): check_names(table.names, data, "the decoder's table")
-    saved = None
-    if isinstance(record, Run): saved = TrainingCheckpoint(record, record.checkpoint, dict(decoder=decoder, encoder=encoder), config)
+    if table is not None and (config.regression or config.train.rows):
+        check_names(table.names, data, "the decoder's table")
+    parts, saved = dict(decoder=decoder, encoder=encoder), None
+    if isinstance(record, Run): saved = TrainingCheckpoint(record, record.checkpoint, parts, config)
     state = saved.state if saved else RunState.NEW
     if state is RunState.TRAINED: saved.load()
     else:
         if state is RunState.NEW: _begin(config, encoder, table, data, record)
-        trainer = Trainer(decoder, encoder, _stream(config, decoder, data, train), config.train, extras_of(config, decoder, encoder, table))
+        stream, extras = _stream(config, decoder, data, train), extras_of(config, decoder, encoder, table)
+        trainer = Trainer(decoder, encoder, stream, config.train, extras)
         if state is RunState.INTERRUPTED: saved.resume(trainer)
-        trainer.run(record, measuring(config, decoder, encoder, sets or {}), saved and (lambda: saved.save(trainer)), until)
+        save = saved and (lambda: saved.save(trainer))
+        trainer.run(record, measuring(config, decoder, encoder, sets or {}), save, until)
         if saved and not trainer.finished: saved.finish(saved.state_of(trainer))
         if trainer.ema: trainer.ema.swap(trainer.modules)
         if saved and trainer.finished: saved.finish()
     return encoder.eval()
 
 
-def _begin(config: ExperimentConfig, encoder: DemoEncoder, table: PuzzleEmbedding | None, data: PuzzleData, record: Run | Callable):
+def _begin(config: ExperimentConfig, encoder: DemoEncoder, table: PuzzleEmbedding | None, data: PuzzleData, record):
     "What comes before the first update through the decoder."
     if config.regression: regress(encoder, table, data, config, record)
     elif isinstance(record, Run): record.rewind(0)  # killed before its first save
@@ -139,4 +150,5 @@ def _stream(config: ExperimentConfig, decoder: Decoder, data: PuzzleData, train:
     "The batches of an encoder's training."
     c, crops = config.train, decoder.config.crop is not None
     opens = opening_updates(train, data, config.curriculum * c.steps) if config.curriculum else None
-    return Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate, crops, config.demos, opens)
+    drawn = dict(query=config.query, translate=config.translate, demos=config.demos, opens=opens)
+    return Stream(data, c.global_batch_size, c.seed, config.num_demos, extents=crops, **drawn)

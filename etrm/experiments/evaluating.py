@@ -12,12 +12,11 @@ from typing import Callable, Iterator
 import torch
 from torch import nn
 
-from ..basics.files import markdown_table
 from ..data.novelty import new_view_bits, tasks_new_in_all_views
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
 from ..data.queries import Queries
 from ..evaluation.answers import answer, contexts_of, copy_answers
-from ..evaluation.intervals import Rate
+from ..evaluation.intervals import Rate, rate_table
 from ..evaluation.scores import pass_at_k
 from ..evaluation.votes import keep_new_views, Predictions, vote, Votes
 from .configurations import ExperimentConfig
@@ -59,7 +58,7 @@ def solved_among(
     row: dict,  # of the results
     among: str = 'all views',  # a key of AMONG
 ) -> dict[str, bool]:  # by task
-    "Which tasks are solved, by the vote of all views or of the new ones, or of the tasks that are new under all their views."
+    "Which tasks are solved, by the vote of all views or of the new ones; or of the tasks new under all views."
     if among not in AMONG: raise ValueError(f'results are of {", ".join(AMONG)}, not of {among!r}')
     if among == 'all views': return row['tasks']
     if 'new_views' not in row: raise ValueError('these results do not say which views are new: evaluate the checkpoint again')
@@ -131,12 +130,17 @@ def format_results(
     among: str = 'all views',  # a key of AMONG
 ) -> str:  # a Markdown table
     "The results as one table: a row a method, a column a set."
-    sets, methods = list(dict.fromkeys(r['set'] for r in rows)), list(dict.fromkeys(r['method'] for r in rows))
-    text = lambda r: f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" if r['n'] else 'none'
-    counted = lambda r: r if among == 'all views' else Rate.of(solved_among(r, among).values()).as_dict()
-    cell = {(r['set'], r['method']): text(counted(r)) for r in rows}
-    missing = [f"{r['method']}, {r['set']}: {n} of {r['pass_at_k']['ARC/n_inputs']} test inputs have no prediction and count as unsolved." for r in rows if (n := r['pass_at_k']['ARC/n_inputs_missing'])]
-    return '\n'.join([markdown_table(['context', *sets], [[m, *(cell.get((s, m), '') for s in sets)] for m in methods]), *([''] if missing else []), *missing])
+    rate = lambda r: Rate.of_row(r) if among == 'all views' else Rate.of(solved_among(r, among).values())
+    text = lambda r: f'{r.solved} of {r.n} ({r.low:.0%}-{r.high:.0%})' if r.n else 'none'
+    table = rate_table({(r['method'], r['set']): text(rate(r)) for r in rows}, 'context')
+    missing = [line for r in rows if (line := _missing(r))]
+    return '\n'.join([table, '', *missing] if missing else [table])
+
+
+def _missing(row: dict) -> str | None:
+    "What is to be said of test inputs without a prediction."
+    of, n = row['pass_at_k']['ARC/n_inputs'], row['pass_at_k']['ARC/n_inputs_missing']
+    if n: return f"{row['method']}, {row['set']}: {n} of {of} test inputs have no prediction and count as unsolved."
 
 # %% ../../nbs/api/7_experiments/08_evaluating.ipynb #42dc6660
 def compare_contexts(
@@ -146,10 +150,13 @@ def compare_contexts(
 ) -> dict[str, dict[str, float]]:  # statistics by source
     "Statistics of an encoder's contexts on each evaluation set, beside those of the table's rows."
     decoder, encoder, config = load_encoder(encoder_checkpoint, device)
-    table = table_for(decoder, decoder_checkpoint) if config.train.freeze_decoder else load_checkpoint(decoder_checkpoint)[1]  # one that is trained on is another decoder than its table's
+    # one that is trained on is another decoder than its table's
+    own = config.train.freeze_decoder
+    table = table_for(decoder, decoder_checkpoint) if own else load_checkpoint(decoder_checkpoint)[1]
     if table is None: raise CheckpointError(f'{decoder_checkpoint} holds no table to compare with')
     rows = table.contexts()
     found = {'table rows': context_statistics(rows, torch.arange(len(rows)))}
     for name, tasks in make_task_sets(config)[1].items():
-        found[f'encoder, {name}'] = context_statistics(*contexts_of(encoder, puzzle_data(tasks, config.decoder.canvas, config.evaluation.num_aug, config.tasks.seed), config.num_demos))
+        data = puzzle_data(tasks, config.decoder.canvas, config.evaluation.num_aug, config.tasks.seed)
+        found[f'encoder, {name}'] = context_statistics(*contexts_of(encoder, data, config.num_demos))
     return found

@@ -112,19 +112,20 @@ def through(
     config: ExperimentConfig,
     overrides: Iterable[str],  # that the configuration was read with
 ) -> ExperimentConfig:
-    "The configuration with the decoder that an encoder is trained through; an override that asks for another is an error."
+    "The configuration with the decoder of a checkpoint; an override that asks for another is an error."
     keys = [override.partition('=')[0].split('.') for override in overrides]
     asked = {key[1] if len(key) > 1 else '' for key in keys if key[0] == 'decoder'}
     if '' in asked: asked = set(type(decoder).model_fields)
     differ = [key for key in sorted(asked) if getattr(decoder, key) != getattr(config.decoder, key)]
-    other = [f'decoder.{key} is {getattr(decoder, key)} in {checkpoint}, not {getattr(config.decoder, key)}' for key in differ]
+    say = lambda key: f'decoder.{key} is {getattr(decoder, key)} in {checkpoint}, not {getattr(config.decoder, key)}'
+    other = [say(key) for key in differ]
     if other: raise ValueError(f'{"; ".join(other)}: the decoder is the checkpoint\'s; leave the override out, or name another checkpoint')
     return config.with_(decoder=decoder)
 
 # %% ../../nbs/api/7_experiments/04_loading.ipynb #720b8735
 def new_to(
     config: ExperimentConfig,  # of an encoder
-    *decoders: str | Path | Checkpoint,  # that it was trained through, or that answer beside it; one that does not say on which tasks it was trained counts for nothing
+    *decoders: str | Path | Checkpoint,  # that it was trained through, or that answer beside it
 ) -> Callable[[str, PuzzleData], dict[str, bool]]:
-    "`newness` to all that was trained, the decoder included."
+    "`newness` to all that was trained; a decoder that does not say on which tasks counts for nothing."
     return newness(config, *(saved_config(decoder) for decoder in decoders if 'tasks' in read_config(decoder)))

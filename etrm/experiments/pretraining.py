@@ -29,9 +29,9 @@ from ..training.trainer import Trainer
 # %% ../../nbs/api/7_experiments/05_pretraining.ipynb #b374913a
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:
     "A fresh table for these puzzles."
-    d = config.decoder
-    table = PuzzleEmbedding(data.num_identifiers, config.table.puzzle_emb_ndim or d.puzzle_emb_len * d.hidden_size, d.puzzle_emb_len, d.hidden_size,
-                            config.table.noise, config.table.init_std)
+    d, c = config.decoder, config.table
+    width = c.puzzle_emb_ndim or d.puzzle_emb_len * d.hidden_size
+    table = PuzzleEmbedding(data.num_identifiers, width, d.puzzle_emb_len, d.hidden_size, c.noise, c.init_std)
     table.names = data.row_names
     return table
 
@@ -53,7 +53,7 @@ def pretrain(
     config: ExperimentConfig,
     folder: str | Path,  # of the run: record and checkpoint; one that is there goes on
     wandb_on: bool = False,
-    start: str | Path | Checkpoint | None = None,  # checkpoint whose decoder and table are trained further, as by a second stage of other settings
+    start: str | Path | Checkpoint | None = None,  # checkpoint whose decoder and table are trained further
     until: int | None = None,  # stop after this many updates in all, on the schedule of the configured number
     device: str | torch.device = 'cpu',
     fresh_table: bool = False,  # take only the decoder from `start`: the tasks are others than its table knows
@@ -78,7 +78,8 @@ def _train(config: ExperimentConfig, saved: TrainingCheckpoint, data: PuzzleData
     "The updates that are still to be made, and the save at their end."
     c, run, decoder, table = config.pretrain, saved.run, *saved.parts.values()
     crops = decoder.config.crop is not None
-    trainer = Trainer(decoder, table, Stream(data, c.global_batch_size, c.seed, translate=config.translate, extents=crops), c)
+    stream = Stream(data, c.global_batch_size, c.seed, translate=config.translate, extents=crops)
+    trainer = Trainer(decoder, table, stream, c)
     if saved.resume(trainer): check_names(row_names(saved.place, len(table.weights)), data, saved.place)
     else: run.rewind(0)  # killed before its first save
     queries = Queries.of(unaugmented(tasks, data), decoder, batch_size=config.evaluation.batch_size)

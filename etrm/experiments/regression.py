@@ -27,7 +27,7 @@ from ..training.optim import AdamATan2
 
 # %% ../../nbs/api/7_experiments/06_regression.ipynb #0891c484
 class EmbeddingLosses(nn.Module):
-    "How far contexts are from their rows, and whether they point to them: both in coordinates that have mean 0 and variance 1 over the rows."
+    "How far contexts are from their rows, and whether they point to them: in coordinates of mean 0 and variance 1."
     def __init__(self,
         rows: Tensor,  # (M, T, D)
     ):
@@ -35,7 +35,8 @@ class EmbeddingLosses(nn.Module):
         flat = rows.flatten(1)
         used = (flat.std(0) > 1e-6).nonzero()[:, 0]  # a row may be shorter than T * D
         mean, std = flat.mean(0)[used], flat.std(0)[used]
-        for name, value in dict(used=used, mean=mean, std=std, variance=rows.var(), rows=(flat[:, used] - mean) / std, all=rows).items(): self.register_buffer(name, value, persistent=False)
+        kept = dict(used=used, mean=mean, std=std, variance=rows.var(), rows=(flat[:, used] - mean) / std, all=rows)
+        for name, value in kept.items(): self.register_buffer(name, value, persistent=False)
         self.log_scale = nn.Parameter(torch.tensor(2.5))  # of the cosines in the softmax; learned
 
     def forward(self,
@@ -45,7 +46,8 @@ class EmbeddingLosses(nn.Module):
         error = (context - self.all[row]).square().mean() / self.variance
         x = (context.flatten(1)[:, self.used] - self.mean) / self.std
         logits = self.log_scale.exp() * F.normalize(x, dim=1) @ F.normalize(self.rows, dim=1).T  # (B, M)
-        return dict(error=error, softmax=F.cross_entropy(logits, row), top1=(logits.argmax(1) == row).float().mean().detach())
+        top1 = (logits.argmax(1) == row).float().mean().detach()
+        return dict(error=error, softmax=F.cross_entropy(logits, row), top1=top1)
 
 # %% ../../nbs/api/7_experiments/06_regression.ipynb #36effe60
 def weighted(
@@ -57,7 +59,7 @@ def weighted(
 
 # %% ../../nbs/api/7_experiments/06_regression.ipynb #3f4fb88c
 class Regression(Loop):
-    "Fits an encoder to each task's puzzle embedding: to lie near it (squared error), to point to it and no other (softmax), or both; no decoder is asked."
+    "Fits an encoder to each task's puzzle embedding: to lie near it, to point to it and no other, or both."
     name, saves_end = 'regression', True
     def __init__(self,
         encoder: DemoEncoder,  # trained in place
@@ -65,9 +67,9 @@ class Regression(Loop):
         stream: Stream,
         config: RegressionConfig,
     ):
-        device = where_is(encoder)
-        self.encoder, self.losses, self.stream, self.device = encoder, EmbeddingLosses(embeddings).to(device), stream, device
-        super().__init__(config, nn.ModuleDict(dict(encoder=encoder, losses=self.losses)), device)
+        self.device = where_is(encoder)
+        self.encoder, self.stream, self.losses = encoder, stream, EmbeddingLosses(embeddings).to(self.device)
+        super().__init__(config, nn.ModuleDict(dict(encoder=encoder, losses=self.losses)), self.device)
         o = config.optim
         self.adam = AdamATan2(self.modules.parameters(), o.lr, (o.beta1, o.beta2), o.weight_decay)
 
@@ -99,13 +101,14 @@ def regress(
     table: PuzzleEmbedding | None,  # its embeddings are the targets
     data: PuzzleData,  # the puzzles that they belong to
     config: ExperimentConfig,
-    record: Run | Callable[[int, dict[str, float]], None],  # an open run saves when `regression.save_every` says so and at the end, and goes on from there
+    record: Run | Callable[[int, dict[str, float]], None],  # in an open run it is saved, and goes on from there
 ):
     "Fit an encoder to the embeddings of a table."
     c = config.regression
     if table is None or len(table.weights) != data.num_identifiers:
         raise ValueError(f'regression needs a table with a row for each of the {data.num_identifiers - 1} puzzles, not {"none" if table is None else len(table.weights) - 1}')
-    stream = Stream(data, c.global_batch_size, c.seed, config.num_demos, config.query, config.translate, demos=config.demos)
+    drawn = dict(query=config.query, translate=config.translate, demos=config.demos)
+    stream = Stream(data, c.global_batch_size, c.seed, config.num_demos, **drawn)
     loop = Regression(encoder, table.contexts(), stream, c)
     if not isinstance(record, Run): return loop.run(record)
     saved = TrainingCheckpoint(record, record.regression, dict(encoder=encoder), config)
@@ -119,7 +122,7 @@ def near_embeddings(
     table: PuzzleEmbedding | None,
     device: str | torch.device,
 ) -> Callable[[Tensor, Batch], Tensor]:
-    "A context loss: those of `regression`, weighted by `train.rows`; the scale of the softmax stays at its first value."
+    "A context loss: those of `regression`, weighted by `train.rows`; the softmax keeps its first scale."
     c, weight = config.regression, config.train.rows
     if c is None or table is None: raise ValueError('train.rows goes on with the losses of a regression on a table: give both, or set it to 0')
     losses = EmbeddingLosses(table.contexts()).to(device).requires_grad_(False)

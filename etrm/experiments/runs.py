@@ -19,20 +19,18 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from ..training.checkpoints import Checkpoint
+from ..training.checkpoints import Checkpoint, read_config, read_tensors
 from ..training.checksums import CheckpointError
 from ..training.weights import load_strictly
-from ..training.checkpoints import read_config, read_tensors
-from ..training.saving import save_checkpoint
+from ..training.saving import save_checkpoint, finish_interrupted_save, load_training_state
 from ..training.loop import Loop
 from ..training.pace import save_with_retries
 from ..training.stopping import finishing
 from .configurations import ExperimentConfig
 from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import new_file
-from ..tasks.task import read_json
+from ..tasks.reading import read_json
 from ..training.records import Record, lock_folder
-from ..training.saving import finish_interrupted_save, load_training_state
 from ..training.tracking import start_wandb
 
 # %% ../../nbs/api/7_experiments/03_runs.ipynb #fcbc2db3
@@ -41,7 +39,8 @@ def fingerprint(
 ) -> dict[str, str]:  # SHA-256 of its 'weights' and of its 'configuration'
     "What makes a checkpoint this one."
     checkpoint = Checkpoint.of(checkpoint)
-    return dict(weights=checkpoint.sha256(checkpoint.weights_file), configuration=checkpoint.sha256(checkpoint.config_file))
+    files = dict(weights=checkpoint.weights_file, configuration=checkpoint.config_file)
+    return {part: checkpoint.sha256(file) for part, file in files.items()}
 
 
 def settings_of(
@@ -55,7 +54,8 @@ def settings_of(
     return dict(kind=kind, config=config.model_dump(mode='json'), reads=read, more=more)
 
 # %% ../../nbs/api/7_experiments/03_runs.ipynb #453c2fce
-FREE = ('log_every', 'save_every', 'eval_every', 'max_eval_groups', 'evaluation')  # keys and sections that change no weight
+# keys and sections that change no weight
+FREE = ('log_every', 'save_every', 'eval_every', 'max_eval_groups', 'evaluation')
 
 
 def differences(
@@ -138,8 +138,8 @@ def run_state(
     "How far a run is."
     if any((folder / name).exists() for name in LAST_FILES): return RunState.FINISHED
     found = [training_state(folder / name) for name in CHECKPOINTS]
-    if found[0] is RunState.NEW and found[1] is not RunState.NEW: return RunState.INTERRUPTED  # before its second training
-    return found[0]
+    before_the_second = found[0] is RunState.NEW and found[1] is not RunState.NEW
+    return RunState.INTERRUPTED if before_the_second else found[0]
 
 
 def training_state(
@@ -271,7 +271,7 @@ class TrainingCheckpoint:
     def finish(self,
         state: dict | None = None,  # from `state_of`, of a training that is stopped before its end
     ):
-        "The save that a training ends with: finished before a request to stop takes effect, tried again where it fails."
+        "The save that a training ends with: done before a request to stop takes effect, tried again where it fails."
         with finishing(): save_with_retries(lambda: self._write(state))
 
     def _write(self, state: dict | None):

@@ -37,7 +37,8 @@ from ..model.decoder import Decoder
 from ..search.asked import asked_sets
 from ..search.curves import search_curves
 from ..search.starts import Starts
-from ..tasks.task import digest, read_json, Task
+from ..tasks.task import digest, Task
+from ..tasks.reading import read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from ..training.sizes import decoder_config
 from ..training.trainer import Trainer

@@ -32,17 +32,18 @@ def validation_tasks(
 
 # %% ../../nbs/api/7_experiments/02_task_sets.ipynb #6085def3
 def training_rules(
-    *configs: ExperimentConfig,  # of all that was trained: an encoder, and its decoder where that was trained on other tasks
+    *configs: ExperimentConfig,  # of all that was trained: an encoder, its decoder where that saw other tasks
 ) -> list[Rule] | None:  # each once; None where a source has no rules to apply
     "The rules of the training tasks."
     if any(c.tasks.source != 'families' for c in configs): return None
-    drawn = (sample_rules('train', c.tasks.max_train_groups, c.tasks.seed, c.decoder.canvas, c.tasks.compositions) for c in configs)
+    of = lambda c, t: sample_rules('train', t.max_train_groups, t.seed, c.decoder.canvas, t.compositions)
+    drawn = (of(c, c.tasks) for c in configs)
     return list({rule.key: rule for rules in drawn for rule in rules}.values())
 
 
 def newness(
     *configs: ExperimentConfig,  # of all that was trained, the encoder's first
-) -> Callable[[str, PuzzleData], dict[str, bool]]:  # of a set's name and its views: by the view's name, whether it is new
+) -> Callable[[str, PuzzleData], dict[str, bool]]:  # of a set's name and its views: which are new
     "Whether each view of a set's tasks is new to what was trained."
     rules, source = training_rules(*configs), configs[0].tasks.source
     def new(name, data):

@@ -24,7 +24,8 @@ def verdict_of(
     among: str = 'all views',  # a key of AMONG
 ) -> Verdict:
     "The scenario verdict of a run, on the set that the configuration lets decide."
-    solved = {r['method']: np.array(list(solved_among(r, among).values())) for r in rows if r['set'] == config.evaluation.decides}
+    decisive = [r for r in rows if r['set'] == config.evaluation.decides]
+    solved = {r['method']: np.array(list(solved_among(r, among).values())) for r in decisive}
     if not solved: raise ValueError(f"evaluation.decides is {config.evaluation.decides!r}; there are {sorted({r['set'] for r in rows})}")
     return scenario(record, solved['encoder'], {m: solved[m] for m in (*CONTROLS, 'copy') if m in solved})
 
@@ -36,9 +37,9 @@ def verdicts_of(
 ) -> dict[str, Verdict]:  # by keys of AMONG, the one to go by first
     "The verdict on tasks that are new under all their views, and the verdict on all tasks."
     decisive = [r for r in rows if r['set'] == config.evaluation.decides]
-    says = all('new_views' in r for r in decisive) and decisive
-    among = [a for a in ('new tasks', 'all views') if a == 'all views' or says and len(solved_among(decisive[0], a)) > 1]
-    return {a: verdict_of(config, record, rows, a) for a in among}
+    says = bool(decisive) and all('new_views' in r for r in decisive)
+    several = says and len(solved_among(decisive[0], 'new tasks')) > 1
+    return {a: verdict_of(config, record, rows, a) for a in (['new tasks'] if several else []) + ['all views']}
 
 # %% ../../nbs/api/7_experiments/09_verdicts.ipynb #14838e93
 def verdict_file(verdicts: dict[str, Verdict]) -> dict:
@@ -51,7 +52,8 @@ def say_verdicts(verdicts: dict[str, Verdict]) -> str:
     "The first verdict with its evidence, the others in a line each."
     (among, first), *rest = verdicts.items()
     lines = [f'On {AMONG[among]}:', str(first)]
-    if among == 'all views': lines += ['Which views are new is not known of these results: evaluate the checkpoint again for a verdict on new tasks.'] if not rest else []
+    if among == 'all views' and not rest:
+        lines += ['Which views are new is not known of these results: evaluate the checkpoint again for a verdict on new tasks.']
     return '\n'.join(lines + [f'On {AMONG[a]}: scenario {v.scenario}, {v.evidence[-1].measured}' for a, v in rest])
 
 # %% ../../nbs/api/7_experiments/09_verdicts.ipynb #bedfe3e9

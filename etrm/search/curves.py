@@ -22,7 +22,7 @@ from ..model.decoder import Decoder
 from .asked import AskedSet, demonstrations_right
 from .search import SearchConfig, search
 from .starts import Starts
-from ..tasks.grids import Augmentation
+from ..tasks.augmentations import Augmentation
 from ..tasks.task import Task
 
 # %% ../../nbs/api/6_search/04_curves.ipynb #b31e477d

@@ -20,7 +20,7 @@ from ..evaluation.votes import Votes, keep_best_views, vote
 from ..model.decoder import Decoder
 from .asked import demonstrations_right
 from .search import SearchConfig, search
-from ..tasks.grids import Augmentation
+from ..tasks.augmentations import Augmentation
 from ..tasks.task import Task
 
 # %% ../../nbs/api/6_search/06_own_tasks.ipynb #0fb20d07
