@@ -26,7 +26,8 @@ from ..experiments.studies import load_study
 from ..experiments.configurations import load_config
 from ..experiments.encoder_training import train_encoder
 from ..experiments.loading import check_embeddings
-from ..experiments.runs import open_run, run_folder, settings_of
+from ..experiments.runs import open_run, run_folder
+from ..experiments.run_settings import settings_of
 from ..tasks.reading import read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..training.records import new_run_folder
