@@ -9,7 +9,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
-LONGEST = ('10_experiment', '03_frozen_decoder', '02_explorer', '04_curves', '20_trainer', '11_tables', '12_studies', '08_splits', '08_chain_answers', '11_full_scale', '14_measuring_commands', '11_training_commands')
+LONGEST = ('12_experiment', '03_frozen_decoder', '02_explorer', '04_curves', '20_trainer', '13_tables', '15_study_runs', '14_splits', '08_chain_answers', '11_full_scale', '14_measuring_commands', '11_training_commands')
 
 
 def place(notebook: Path) -> tuple[int, str]:

@@ -20,7 +20,8 @@ from etrm.basics.distributed import draw, processes
 from etrm.experiments.encoder_training import new_encoder, train_encoder
 from etrm.experiments.evaluating import evaluate
 from etrm.experiments.pretraining import new_table, pretrain
-from etrm.experiments.runs import open_run, settings_of
+from etrm.experiments.runs import open_run
+from etrm.experiments.run_settings import settings_of
 from etrm.experiments.task_sets import make_task_sets
 from etrm.training.records import read_record
 from etrm.training.trainer import Trainer

@@ -17,7 +17,8 @@ from etrm.experiments.configurations import load_config
 from etrm.model.decoder import Decoder
 from etrm.experiments.encoder_training import train_encoder
 from etrm.experiments.pretraining import pretrain
-from etrm.experiments.runs import open_run, settings_of
+from etrm.experiments.runs import open_run
+from etrm.experiments.run_settings import settings_of
 from etrm.experiments.task_sets import make_task_sets
 
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads

@@ -19,7 +19,8 @@ from etrm.experiments.configurations import load_config
 from etrm.basics.distributed import processes
 from etrm.experiments.encoder_training import train_encoder
 from etrm.experiments.pretraining import pretrain
-from etrm.experiments.runs import open_run, settings_of
+from etrm.experiments.runs import open_run
+from etrm.experiments.run_settings import settings_of
 from etrm.experiments.task_sets import make_task_sets
 from etrm.training.records import read_record
 from etrm.training.stopping import Stopped

@@ -121,7 +121,7 @@ def broadcast_weights(
 
 # %% ../../nbs/api/0_basics/05_distributed.ipynb #7d0d7e2e
 def all_gather_touched(
-    table: nn.Module,  # a `PuzzleEmbedding`, after the backward pass; what its last call touched is extended to all ranks
+    table: nn.Module,  # a `PuzzleEmbedding`, after the backward pass
 ):
     "Let the table's next update see the rows that all ranks touched."
     if world_size() == 1 or table.touched is None: return

@@ -5,5 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/7_experiments/00_index.ipynb #9fcacbef
-MODULES = ('configurations', 'task_sets', 'runs', 'loading', 'pretraining', 'regression', 'encoder_training', 'evaluating', 'verdicts', 'experiment', 'tables', 'studies', 'side_by_side', 'study_runs', 'comparisons')  # in reading order
+# %% ../../nbs/api/7_experiments/00_index.ipynb #fbf08f39
+MODULES = ('sections', 'configurations', 'task_sets', 'run_settings', 'runs', 'loading', 'pretraining', 'regression', 'encoder_training', 'evaluating', 'verdicts', 'experiment', 'tables', 'studies', 'study_runs', 'comparisons', 'side_by_side')  # in reading order

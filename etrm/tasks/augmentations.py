@@ -15,7 +15,7 @@ import numpy as np
 from .grids import check_tokens, COLOUR_OFFSET, N_COLOURS, token_sizes, VOCAB_SIZE
 
 # %% ../../nbs/api/1_tasks/02_augmentations.ipynb #18feabc3
-DIHEDRAL = 8
+DIHEDRAL = 8  # how many there are
 INVERSE_DIHEDRAL = (0, 3, 2, 1, 4, 5, 6, 7)
 TRANSPOSES = np.isin(np.arange(DIHEDRAL), (1, 3, 6, 7))
 FLIPS_ROWS = np.isin(np.arange(DIHEDRAL), (1, 2, 5, 7))
@@ -23,9 +23,9 @@ FLIPS_COLUMNS = np.isin(np.arange(DIHEDRAL), (2, 3, 4, 7))
 
 # %% ../../nbs/api/1_tasks/02_augmentations.ipynb #79d3ae1d
 def dihedral(
-    grid: np.ndarray, # (h, w), or (h, w, N): N grids of one size
-    i: int, # id of the symmetry, 0..7
-) -> np.ndarray: # (h, w) or (w, h), N behind where there are N
+    grid: np.ndarray,  # (h, w), or (h, w, N): N grids of one size
+    i: int,  # id of the symmetry, 0..7
+) -> np.ndarray:  # (h, w) or (w, h), N behind where there are N
     "Turn or mirror a grid by symmetry `i`."
     if not 0 <= i < DIHEDRAL: raise ValueError(f'a symmetry has an id from 0 to {DIHEDRAL - 1}, got {i}')
     if TRANSPOSES[i]: grid = grid.swapaxes(0, 1)
@@ -35,11 +35,12 @@ def dihedral(
 # %% ../../nbs/api/1_tasks/02_augmentations.ipynb #c4e91c56
 _AUGMENTED = re.compile(r'(?P<base>.+)\|\|\|t(?P<dihedral>[0-7])\|\|\|(?P<colours>0[1-9]{9})', re.DOTALL)
 
+
 @dataclass(frozen=True)
 class Augmentation:
     "A colour permutation that keeps 0, then a symmetry of the square."
-    dihedral: int = 0 # id of the symmetry, 0..7
-    colours: tuple = tuple(range(N_COLOURS)) # what each colour becomes
+    dihedral: int = 0  # id of the symmetry, 0..7
+    colours: tuple = tuple(range(N_COLOURS))  # what each colour becomes
 
     def __post_init__(self):
         if self.dihedral not in range(DIHEDRAL):
@@ -53,7 +54,8 @@ class Augmentation:
 
     def invert(self, grid: np.ndarray) -> np.ndarray:
         "The grid that this augmentation turned into `grid`."
-        return np.argsort(self.colours).astype(np.uint8)[dihedral(grid, INVERSE_DIHEDRAL[self.dihedral])]
+        colours_back = np.argsort(self.colours).astype(np.uint8)
+        return colours_back[dihedral(grid, INVERSE_DIHEDRAL[self.dihedral])]
 
     def name(self, base: str) -> str:
         "What the augmented puzzle `base` is called."
@@ -61,12 +63,12 @@ class Augmentation:
         return f'{base}|||t{self.dihedral}|||{"".join(map(str, self.colours))}'
 
     @classmethod
-    def random(cls, rng: np.random.Generator):
+    def random(cls, rng: np.random.Generator) -> 'Augmentation':
         "A uniformly drawn augmentation."
         return cls(int(rng.integers(DIHEDRAL)), (0, *(rng.permutation(N_COLOURS - 1) + 1).tolist()))
 
     @classmethod
-    def from_name(cls, name: str) -> tuple:
+    def from_name(cls, name: str) -> tuple[str, 'Augmentation']:
         "The base name and the augmentation that a puzzle's name carries."
         if '|||' not in name: return name, cls()
         if not (match := _AUGMENTED.fullmatch(name)):
@@ -82,6 +84,7 @@ def _layout(sizes, offsets, canvas):
     below = (rows == sizes[:, :1])[:, :, None] & in_columns[:, None]
     beside = in_rows[:, :, None] & (columns == sizes[:, 1:])[:, None]
     return rows, columns, inside, below | beside
+
 
 def _gather(square, rows, columns):
     "square[n, rows[n, i], columns[n, j]] as (N, canvas, canvas); what lies outside is clipped, to be masked."
@@ -101,11 +104,11 @@ def _check_augmentations(dihedral, colours, n):
 
 # %% ../../nbs/api/1_tasks/02_augmentations.ipynb #776f64c9
 def augment_tokens(
-    tokens: np.ndarray, # (N, S) uint8, grids at offset 0
-    canvas: int, # side of the canvas
-    dihedral: np.ndarray, # (N,) ids of the symmetries
-    colours: np.ndarray, # (N, 10) what each colour becomes
-) -> np.ndarray: # (N, S) uint8
+    tokens: np.ndarray,  # (N, S) uint8, grids at offset 0
+    canvas: int,  # side of the canvas
+    dihedral: np.ndarray,  # (N,) ids of the symmetries
+    colours: np.ndarray,  # (N, 10) what each colour becomes
+) -> np.ndarray:  # (N, S) uint8
     "Augment each sequence by its own colour permutation and symmetry."
     tokens, n = check_tokens(tokens, canvas), len(tokens)
     dihedral, colours = _check_augmentations(dihedral, colours, n)
@@ -119,15 +122,16 @@ def augment_tokens(
     columns = np.where(FLIPS_COLUMNS[dihedral, None], sizes[:, 1:] - 1 - columns, columns)
     image = np.zeros((n, VOCAB_SIZE), np.uint8)      # token -> token
     image[:, COLOUR_OFFSET:] = colours + COLOUR_OFFSET
-    cells = np.take(image, _gather(square, rows, columns) + VOCAB_SIZE * np.arange(n)[:, None, None])
-    return np.where(inside, cells, edge.view(np.uint8)).reshape(n, -1)    # an edge is 1, which is EOS
+    of_sequence = VOCAB_SIZE * np.arange(n)[:, None, None]
+    cells = np.take(image, _gather(square, rows, columns) + of_sequence)
+    return np.where(inside, cells, edge.view(np.uint8)).reshape(n, -1)  # an edge is 1, which is EOS
 
 # %% ../../nbs/api/1_tasks/02_augmentations.ipynb #0f8959a0
 def translate_tokens(
-    tokens: np.ndarray, # (N, S) uint8, grids at offset 0
-    canvas: int, # side of the canvas
-    offsets: np.ndarray, # (N, 2) rows and columns to move by
-) -> np.ndarray: # (N, S) uint8
+    tokens: np.ndarray,  # (N, S) uint8, grids at offset 0
+    canvas: int,  # side of the canvas
+    offsets: np.ndarray,  # (N, 2) rows and columns to move by
+) -> np.ndarray:  # (N, S) uint8
     "Move each grid to its own offset."
     tokens, offsets = check_tokens(tokens, canvas), np.asarray(offsets)
     sizes = token_sizes(tokens, canvas)

@@ -21,10 +21,11 @@ def _mix(x):
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
+
 @lru_cache(maxsize=2048)
 def _cell_weights(height, width, role):
     "Weight of each cell's place after each symmetry, two words: (height * width, 16) float64."
-    def places(i):     # where symmetry i puts each cell: undo i on a board that carries its own coordinates
+    def places(i):  # where symmetry i puts each cell: undo i on a board that carries its own coordinates
         h, w = (width, height) if TRANSPOSES[i] else (height, width)
         return dihedral(np.arange(h)[:, None] * 64 + np.arange(w), INVERSE_DIHEDRAL[i]).reshape(-1)
     place = np.stack([places(i) for i in range(DIHEDRAL)], 1)[:, None] + 4096 * np.arange(2)[:, None]
@@ -44,15 +45,17 @@ def _colour_sums(tokens, canvas, role):
 
 # %% ../../nbs/api/1_tasks/03_canonical.ipynb #70c291b8
 def canonical_pairs(
-    inputs: np.ndarray, # (N, S) uint8, grids at offset 0
-    outputs: np.ndarray, # (N, S) uint8
-    canvas: int, # side of the canvas, at most 64
-) -> np.ndarray: # (N,) uint64
+    inputs: np.ndarray,  # (N, S) uint8, grids at offset 0
+    outputs: np.ndarray,  # (N, S) uint8
+    canvas: int,  # side of the canvas, at most 64
+) -> np.ndarray:  # (N,) uint64
     "A key for each pair, shared by its augmentations and by nothing else."
     if canvas > 64: raise ValueError(f'keys are exact up to a canvas of 64 x 64, got {canvas}')
     inputs, outputs = check_tokens(inputs, canvas), check_tokens(outputs, canvas)
-    if len(inputs) != len(outputs): raise ValueError(f'{len(inputs)} inputs cannot pair with {len(outputs)} outputs')
-    keys, block = np.empty(len(inputs), np.uint64), max(1, 2**17 // canvas**2)     # a block fits the cache
+    if len(inputs) != len(outputs):
+        raise ValueError(f'{len(inputs)} inputs cannot pair with {len(outputs)} outputs')
+    keys = np.empty(len(inputs), np.uint64)
+    block = max(1, 2**17 // canvas**2)  # fits the cache
     for start in range(0, len(inputs), block):
         part = slice(start, start + block)
         sums = _colour_sums(inputs[part], canvas, 0) + _colour_sums(outputs[part], canvas, 1)

@@ -16,8 +16,8 @@ IGNORE_LABEL = -100   # a label that no loss counts
 
 # %% ../../nbs/api/1_tasks/01_grids.ipynb #7c3fbfaf
 def check_grid(
-    grid, # anything array-like
-) -> np.ndarray: # (h, w) uint8, colours 0..9
+    grid,  # anything array-like
+) -> np.ndarray:  # (h, w) uint8, colours 0..9
     "`grid` as an array, or a ValueError that says why it is none."
     grid = np.asarray(grid)
     if grid.ndim != 2 or (grid.size == 0 and grid.shape != (0, 0)):
@@ -28,10 +28,10 @@ def check_grid(
 
 # %% ../../nbs/api/1_tasks/01_grids.ipynb #644dc0df
 def grid_to_tokens(
-    grid, # (h, w), colours 0..9
-    canvas: int, # side of the canvas
-    offset: tuple = (0, 0), # row and column of the grid's top left cell
-) -> np.ndarray: # (canvas**2,) uint8
+    grid,  # (h, w), colours 0..9
+    canvas: int,  # side of the canvas
+    offset: tuple = (0, 0),  # row and column of the grid's top left cell
+) -> np.ndarray:  # (canvas**2,) uint8
     "Lay a grid on the canvas, with its EOS edges, and flatten it."
     grid, (top, left) = check_grid(grid), offset
     bottom, right = top + grid.shape[0], left + grid.shape[1]
@@ -46,22 +46,24 @@ def grid_to_tokens(
 
 # %% ../../nbs/api/1_tasks/01_grids.ipynb #c868d602
 def check_tokens(
-    tokens, # (N, S)
-    canvas: int, # side of the canvas
-) -> np.ndarray: # (N, S) uint8
+    tokens,  # (N, S)
+    canvas: int,  # side of the canvas
+) -> np.ndarray:  # (N, S) uint8
     "`tokens` as an array, or a ValueError that says why they are none."
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[1] != canvas**2:
-        raise ValueError(f'tokens on a canvas of {canvas} x {canvas} have the shape (N, {canvas**2}), got {tokens.shape}')
+        raise ValueError(f'tokens on a canvas of {canvas} x {canvas} have the shape (N, {canvas**2}), '
+                         f'got {tokens.shape}')
     if tokens.size and (tokens.dtype.kind not in 'iu' or tokens.min() < 0 or tokens.max() >= VOCAB_SIZE):
-        raise ValueError(f'tokens are whole numbers from 0 to 11, got {tokens.dtype} from {tokens.min()} to {tokens.max()}')
+        raise ValueError(f'tokens are whole numbers from 0 to 11, '
+                         f'got {tokens.dtype} from {tokens.min()} to {tokens.max()}')
     return tokens.astype(np.uint8, copy=False)
 
 # %% ../../nbs/api/1_tasks/01_grids.ipynb #4e0daf75
 def token_sizes(
-    tokens: np.ndarray, # (N, S)
-    canvas: int, # side of the canvas
-) -> np.ndarray: # (N, 2) heights and widths
+    tokens: np.ndarray,  # (N, S)
+    canvas: int,  # side of the canvas
+) -> np.ndarray:  # (N, 2) heights and widths
     "Size of the largest rectangle of colours at the top left corner."
     colours = check_tokens(tokens, canvas).reshape(-1, canvas, canvas) >= COLOUR_OFFSET
     runs = np.logical_and.accumulate(colours, axis=2).sum(2)     # (N, canvas)
@@ -72,10 +74,10 @@ def token_sizes(
 
 # %% ../../nbs/api/1_tasks/01_grids.ipynb #5f7c8a1a
 def tokens_to_grid(
-    tokens, # (canvas**2,)
-    canvas: int, # side of the canvas
-    offset: tuple = (0, 0), # where the grid's top left cell lies
-) -> np.ndarray: # (h, w) uint8; (0, 0) where there is no grid
+    tokens,  # (canvas**2,)
+    canvas: int,  # side of the canvas
+    offset: tuple = (0, 0),  # where the grid's top left cell lies
+) -> np.ndarray:  # (h, w) uint8; (0, 0) where there is no grid
     "Read the grid that lies at `offset`."
     square, (top, left) = np.asarray(tokens).reshape(canvas, canvas), offset
     shifted = np.zeros_like(square)

@@ -21,8 +21,8 @@ Batch = dict[str, Tensor]
 @dataclass(frozen=True)
 class Extras:
     "What is passed in to a `Trainer`; losses are scalars, means over this process's samples."
-    batch_losses: tuple[Callable[[Batch], Tensor], ...] = ()  # each asked before the context is computed
-    context_losses: tuple[Callable[[Tensor, Batch], Tensor], ...] = ()  # each of the context (B, T, D), before it is refined
+    batch_losses: tuple[Callable[[Batch], Tensor], ...] = ()  # asked before there is a context
+    context_losses: tuple[Callable[[Tensor, Batch], Tensor], ...] = ()  # of the context (B, T, D)
     refine: Callable[[Tensor, Batch], Tensor] | None = None  # the context (B, T, D) that the decoder is given
 
 # %% ../../nbs/api/4_training/19_extras.ipynb #a0ed142b

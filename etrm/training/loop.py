@@ -38,7 +38,8 @@ class LoopConfig(Settings):
 # %% ../../nbs/api/4_training/18_loop.ipynb #eb010f3a
 def random_state() -> dict[str, Tensor | None]:
     "The state of torch's generators; batches need none, they depend on the seed and their number."
-    return dict(torch_rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return dict(torch_rng=torch.get_rng_state(), cuda_rng=gpu)
 
 
 def set_random_state(state: dict):  # from `random_state`, other entries are ignored

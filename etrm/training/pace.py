@@ -63,7 +63,9 @@ class Pace:
         took = time.monotonic() - began
         self.due = began + took + max(SAVE_SECONDS, took / SAVE_SHARE)
 
-    def __str__(self): return f'what was saved after update {self.updates} is finite' if self.save else 'nothing is saved'
+    def __str__(self):
+        if self.save is None: return 'nothing is saved'
+        return f'what was saved after update {self.updates} is finite'
 
 # %% ../../nbs/api/4_training/16_pace.ipynb #dfb4509a
 @contextmanager

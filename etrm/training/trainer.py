@@ -12,7 +12,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ..basics.distributed import broadcast_weights, all_gather, all_gather_touched, is_rank_zero, sum_over_ranks, world_size
+from ..basics.distributed import all_gather, all_gather_touched, broadcast_weights, is_rank_zero
+from ..basics.distributed import sum_over_ranks, world_size
 from ..data.stream import Stream
 from ..model.contexts import PuzzleEmbedding, context_of
 from ..model.decoder import Carry, Decoder
@@ -120,7 +121,7 @@ def supervision_step(
 
 # %% ../../nbs/api/4_training/20_trainer.ipynb #aed1b225
 class Trainer(Loop):
-    "Trains a source of contexts, and the decoder unless it is frozen, by the decoder's loss: `step` makes one update, `run` makes them all."
+    "Trains a source of contexts, and the decoder unless it is frozen: `step` makes one update, `run` makes them all."
     def __init__(self,
         decoder: Decoder,
         source: nn.Module,  # computes contexts from batches: a table or an encoder
@@ -142,19 +143,22 @@ class Trainer(Loop):
         torch.manual_seed(config.seed)
         decoder.compile_parts(config.compile)
 
-    def update(self, scale: float) -> tuple[dict[str, Tensor], Tensor]:  # sums over halted slots and norms, all tensors; the context
+    def update(self,
+        scale: float,  # of every rate
+    ) -> tuple[dict[str, Tensor], Tensor]:  # sums over halted slots and norms, all tensors; the context
         "Draw, steer, answer, step."
         self.modules.train()
         self.refill()
         if self.config.compile == 'graphs': torch.compiler.cudagraph_mark_step_begin()
-        loss, sums, context = supervision_step(self.decoder, self.source, self.slots, self.config.global_batch_size, self.extras)
+        whole_batch = self.config.global_batch_size
+        loss, values, context = supervision_step(self.decoder, self.source, self.slots, whole_batch, self.extras)
         whole = self.backward(loss)
         norms = clip_gradients(self.decoder, self.source, self.config.optim.grad_clip)
         self.faults.note(self.updates + 1, whole, torch.hypot(norms['grad/total_norm'], self.optimisers.row_norm()))
         self.apply(scale)
         carry, rate = self.slots.carry, torch.tensor(self.config.optim.lr * scale)
         done = carry.halted.float()
-        metrics = {f'train/{k}': (v * done).sum() for k, v in sums.items()} | {'train/steps': (carry.steps * done).sum()}
+        metrics = {f'train/{k}': (v * done).sum() for k, v in (values | dict(steps=carry.steps)).items()}
         return metrics | norms | {'train/lr': rate}, context
 
     def refill(self): self.slots.refill(self.stream.tensors(self.updates, self.local, self.decoder.H_init.device))
@@ -173,7 +177,8 @@ class Trainer(Loop):
         sum_over_ranks(self.sums.values())
         rest = {k: v.item() for k, v in metrics.items() if k not in self.sums}
         if self.clock: rest['train/minutes'] = self.clock.used / 60
-        row = averages(self.sums) | rest | context_statistics(all_gather(context), all_gather(self.slots.samples['group']))
+        of_contexts = context_statistics(all_gather(context), all_gather(self.slots.samples['group']))
+        row = averages(self.sums) | rest | of_contexts
         self.sums = None
         return row
 
