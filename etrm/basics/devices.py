@@ -22,7 +22,8 @@ DEVICES = {  # and what to do where it is not there
     'auto': '',
     'cpu': '',
     'cuda': 'this machine has no GPU that torch can use; leave it out, or install torch with CUDA',
-    'mps': 'this machine has no Apple GPU that torch can use, or has to share it among processes; leave it out, or choose cpu',
+    'mps': 'this machine has no Apple GPU that torch can use, or has to share it among processes; '
+           'leave it out, or choose cpu',
 }
 
 

@@ -61,6 +61,10 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# PyYAML answers with any of these to a value that does not suit its tag, as !!int ''
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+
+
 def plain_yaml(
     text: str | bytes,
     where: str | Path,  # for the error
@@ -70,8 +74,7 @@ def plain_yaml(
     if len(text) > MAX_CONFIG_BYTES:
         raise error(f'{where} has {len(text):,} bytes; a configuration has at most {MAX_CONFIG_BYTES:,}')
     try: return yaml.load(text, _PlainLoader)
-    # PyYAML answers with any of these to a value that does not suit its tag, as !!int ''
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError) as problem:
+    except _YAML_ERRORS as problem:
         raise error(f'{where} cannot be read as YAML: {str(problem)[:300]}') from problem
 
 # %% ../../nbs/api/0_basics/06_plain_yaml.ipynb #6e7e006c

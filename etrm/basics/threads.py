@@ -55,4 +55,5 @@ def said_of_waiting(
     "The choice in a line."
     if not others: return ''
     threads = '1 other thread' if others == 1 else f'{others} other threads'
-    return f'{threads} running here: our own sleep while they wait (OMP_WAIT_POLICY=passive; set it, and it stays as you set it)'
+    return (f'{threads} running here: our own sleep while they wait '
+            '(OMP_WAIT_POLICY=passive; set it, and it stays as you set it)')
