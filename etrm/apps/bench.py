@@ -61,10 +61,10 @@ def most_memory(gpu: bool) -> int:  # bytes
 def measure(
     seconds: float = 3.,  # for each figure
     shapes: dict[str, tuple[DecoderConfig, int]] | None = None,  # None: what `shapes_for` says
-    parts: tuple[str, ...] = ('no',),  # of the decoder that torch.compile takes, each side by side: half a minute and more for each
+    parts: tuple[str, ...] = ('no',),  # of the decoder that torch.compile takes, each side by side
     device: str | torch.device = 'cpu',
     dtype: str | None = None,  # 'float32' or 'bfloat16'
-) -> list[dict]:  # rows: shape, step, samples_per_second, against_plain, share_of_peak, outside, start (seconds), peak, memory (bytes)
+) -> list[dict]:  # a row a shape and step; start is in seconds, memory in bytes
     "Samples a second at each shape, of bare steps and of what users run, beside the plain step and the peak."
     shapes, rows, peaks = shapes or shapes_for(device, dtype), [], {}
     for name, (config, batch_size) in tqdm(shapes.items(), desc='shapes'):

@@ -47,7 +47,9 @@ def bench(
     crop: Crop = None,
     as_json: AsJson = False,
 ):
-    "Throughput of the decoder's steps and of updates as users run them, beside a plain implementation and the device's measured matrix-multiply peak. Example: etrm bench --seconds 2 --shapes lab --compile blocks"
+    """Throughput of the decoder's steps and of updates as users run them, beside a plain implementation and
+    the device's measured matrix-multiply peak.
+    Example: etrm bench --seconds 2 --shapes lab --compile blocks"""
     place = announced(device)
     if dtype not in (None, 'float32', 'bfloat16'): raise ValueError(f'--dtype is {dtype!r}: choose float32 or bfloat16')
     parts, asked = parts_of(compiled), shapes_of(shapes, shapes_for(place, dtype))

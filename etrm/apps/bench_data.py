@@ -31,7 +31,7 @@ def measure_data(
     batch_size: int = 768,
     seconds: float = 3.,    # for each stream
 ) -> dict[str, float]:
-    "Seconds until the first batch, training samples a second with and without demonstrations, and voted predictions a second."
+    "Seconds until the first batch, training samples a second, and voted predictions a second."
     start = time.perf_counter()
     data = puzzle_data(tasks, canvas, num_aug)
     found = {'puzzles': len(data.names), 'seconds to draw their augmentations': time.perf_counter() - start}

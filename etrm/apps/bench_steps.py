@@ -32,7 +32,8 @@ from ..training.trainer import TrainConfig, Trainer
 
 # %% ../../nbs/api/8_apps/05_bench_steps.ipynb #c7d801e7
 LAB = DecoderConfig(
-    canvas=5, hidden_size=64, num_heads=4, H_cycles=2, L_cycles=2, puzzle_emb_len=4, halt_max_steps=4, forward_dtype='float32')
+    canvas=5, hidden_size=64, num_heads=4, H_cycles=2, L_cycles=2, puzzle_emb_len=4, halt_max_steps=4,
+    forward_dtype='float32')
 WIDER = DecoderConfig(
     canvas=10, hidden_size=256, num_heads=8, H_cycles=3, L_cycles=4, puzzle_emb_len=16, forward_dtype='float32')
 SHAPES = {'lab': (LAB, 128), '10x10, D 256': (WIDER, 8), 'ARC, official': (DecoderConfig(forward_dtype='float32'), 1)}
@@ -114,7 +115,8 @@ def plain_training_step(
     context.requires_grad_()
     f = torch.compile(plain_f) if setup.parts != 'no' else plain_f
     optimiser = None if frozen else AdamATan2(decoder.parameters())
-    half = torch.autocast(torch.device(setup.device).type, torch.bfloat16) if setup.config.forward_dtype == 'bfloat16' else nullcontext()
+    in_half = setup.config.forward_dtype == 'bfloat16'
+    half = torch.autocast(torch.device(setup.device).type, torch.bfloat16) if in_half else nullcontext()
     def step():
         with half: logits, q_halt = plain_step(decoder, inputs, context, f)
         (trm_loss(logits, q_halt.float(), inputs)[0].sum() / setup.batch_size).backward()
@@ -173,7 +175,7 @@ def update(
     setup: Setup,
     frozen: bool = False,  # an encoder and four demonstrations, through the frozen decoder; else table and decoder
 ) -> Callable[[], None]:
-    "A function that makes one update of the `Trainer`: batch, step, averaging, clipping, and every 20th time what is logged."
+    "A function that makes one update of the `Trainer`, and every 20th time logs it."
     c, B = setup.config, setup.batch_size
     data = puzzle_data(random_tasks(c.canvas), c.canvas)
     source = random_source(c, None if frozen else data.num_identifiers).to(setup.device)

@@ -22,7 +22,8 @@ Results go to standard output, progress and errors to standard error.
 Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C, SIGTERM or SIGHUP.'''
 
 app = Commands(HELP)
-for group in (training, evaluating, searching, measuring, files, benching): app.registered_commands += group.registered_commands
+for group in (training, evaluating, searching, measuring, files, benching):
+    app.registered_commands += group.registered_commands
 
 # %% ../../nbs/api/8_apps/17_cli.ipynb #bd65a1c8
 if __name__ == '__main__' and '__file__' in globals(): app()  # a notebook has no file

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['evaluating', 'ToEvaluate', 'WHICH_MODEL', 'ModelType', 'WHICH_CONFIG', 'OtherConfig', 'MaxGroups', 'WHICH_DATA',
-           'Dataset', 'ResultsFolder', 'SubmissionFile', 'WithSolutions', 'SolutionsFile', 'RunFolder', 'EncoderRun',
-           'evaluate', 'evaluated', 'groups_of', 'in_folder', 'score', 'scenario', 'compare_contexts']
+           'Dataset', 'ResultsFolder', 'SubmissionFile', 'WithSolutions', 'SOLUTIONS', 'SolutionsFile', 'RunFolder',
+           'EncoderRun', 'evaluate', 'evaluated', 'groups_of', 'in_folder', 'score', 'scenario', 'compare_contexts']
 
 # %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #edcb14f5
 import json
@@ -58,13 +58,15 @@ def evaluate(
     out: ResultsFolder = None,
     as_json: AsJson = False,
 ):
-    "Evaluate a checkpoint: a plain TRM on its own puzzles, an encoder beside all controls. Example: etrm evaluate runs/cfg_test_frozen_decoder-001/checkpoint --max-eval-groups 64"
+    """Evaluate a checkpoint: a plain TRM on its own puzzles, an encoder beside all controls.
+    Example: etrm evaluate runs/cfg_test_frozen_decoder-001/checkpoint --max-eval-groups 64"""
     place, source = announced(device), Checkpoint(checkpoint)
     kind = tables.model_type(source, model_type)
     if data is not None and (kind == 'etrm' or config_name):
         raise ValueError('--data is for a plain TRM without --config-name: the dataset says which puzzles it has rows for')
     most = groups_of(max_eval_groups)
-    with new_file(in_folder(out, 'results.json')) as write_results, new_file(in_folder(out, 'submission.json')) as write_submission:
+    results, submitted = (in_folder(out, name) for name in ('results.json', 'submission.json'))
+    with new_file(results) as write_results, new_file(submitted) as write_submission:
         if data is not None: rows, votes = tables.evaluate_dataset(data, source, most or 0, device=place)
         else: rows, votes = evaluated(source, kind, tables.configuration_for(source, config_name), most, place)
         if not is_rank_zero(): return
@@ -108,7 +110,8 @@ def in_folder(
 # %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #84388199
 SubmissionFile = Annotated[Path, typer.Argument(help='A submission.json.')]
 WithSolutions = Annotated[str, typer.Argument(help=WHICH_TASKS)]
-SolutionsFile = Annotated[Path | None, typer.Option(help='File of solutions, where the tasks are a file of challenges.')]
+SOLUTIONS = 'File of solutions, where the tasks are a file of challenges.'
+SolutionsFile = Annotated[Path | None, typer.Option(help=SOLUTIONS)]
 
 
 @evaluating.add
@@ -118,7 +121,8 @@ def score(
     solutions: SolutionsFile = None,
     as_json: AsJson = False,
 ):
-    "Score a submission's two attempts: partial credit by test inputs, and tasks solved whole. Example: etrm score submission.json arc1/evaluation"
+    """Score a submission's two attempts: partial credit by test inputs, and tasks solved whole.
+    Example: etrm score submission.json arc1/evaluation"""
     answers = read_json(submission)
     if not isinstance(answers, dict): raise ValueError(f'{submission} holds a {type(answers).__name__}, not an object of answers by task')
     found = score_submission(answers, load_tasks(tasks, solutions))
@@ -133,7 +137,9 @@ def scenario(
     folder: RunFolder,
     as_json: AsJson = False,
 ):
-    "The scenario verdict of a finished run, from its record and results: on tasks that are new under all their views, and on all. Example: etrm scenario runs/cfg_test_frozen_decoder-001"
+    """The scenario verdict of a finished run, from its record and results: on tasks that are new under all
+    their views, and on all.
+    Example: etrm scenario runs/cfg_test_frozen_decoder-001"""
     settings = {k: v for k, v in read_config(folder).items() if k != 'decoder_checkpoint'}
     config, results = ExperimentConfig.saved(settings), read_json(folder / 'results.json')
     verdicts = verdicts_of(config, read_record(folder), results)
@@ -149,7 +155,8 @@ def compare_contexts(
     decoder: DecoderPath = LAB_DECODER,
     device: Device = 'auto',
 ):
-    "Statistics of an encoder's contexts beside those of the table's rows. Example: etrm compare-contexts runs/cfg_test_frozen_decoder-001/checkpoint"
+    """Statistics of an encoder's contexts beside those of the table's rows.
+    Example: etrm compare-contexts runs/cfg_test_frozen_decoder-001/checkpoint"""
     found = methods.compare_contexts(checkpoint, decoder, announced(device))
     finite = lambda values: {k: v if math.isfinite(v) else None for k, v in values.items()}
     print(json.dumps({source: finite(values) for source, values in found.items()}, indent=1))

@@ -111,7 +111,7 @@ def answered(
     views: PuzzleData,  # of one task, its own first
     pair: int,  # which of its pairs is asked
     contexts: dict[str, Tensor],  # (T, D) by name, the encoder's first
-) -> tuple[list[Moment], dict[str, np.ndarray]]:  # the answer under the first context, moment by moment; single answers under the others
+) -> tuple[list[Moment], dict[str, np.ndarray]]:  # under the first context; single answers under the others
     "One query under several contexts."
     inputs = torch.from_numpy(views.inputs[views.start[0] + pair].astype(np.int64))[None]
     stacked = torch.stack([c.to(where_is(decoder)) for c in contexts.values()])

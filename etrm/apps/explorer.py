@@ -56,8 +56,10 @@ def panels(
     answers = [told(f'step {s}' + (' (chosen)' if s == step else ''), steps[s]) for s in some]
     return {
         'demonstrations': [(f'{i} {side}', g) for i, p in shown for side, g in (('in', p.input), ('out', p.output))],
-        'query, and the answer after each supervision step': [('query', query.input), *answers, ('truth', query.output)],
-        f'within step {step}: after each H cycle': [told(f'cycle {m.cycle}', m) for m in seen.moments if m.step == step],
+        'query, and the answer after each supervision step': [
+            ('query', query.input), *answers, ('truth', query.output)],
+        f'within step {step}: after each H cycle': [
+            told(f'cycle {m.cycle}', m) for m in seen.moments if m.step == step],
         'the same query with other contexts': [(f'{name}\n{verdict(seen, g)}', g) for name, g in seen.answers.items()],
         'the vote over all views': [(said(c), c.grid) for c in seen.candidates[:most]]}
 
@@ -147,9 +149,11 @@ class Explorer:
         "What is to be seen of the chosen task, computed once."
         name, index = self.task.value
         tasks = self.sets[name]
-        if name not in self.of_set: self.of_set[name] = set_contexts(self.config, self.encoder, tasks, self.decoder.config.canvas)
+        if name not in self.of_set:
+            self.of_set[name] = set_contexts(self.config, self.encoder, tasks, self.decoder.config.canvas)
         if (name, index) not in self.of_task:
-            self.of_task[name, index] = explore(self.decoder, *self.of_set[name], tasks, index, row=self.row(tasks[index]))
+            row = self.row(tasks[index])
+            self.of_task[name, index] = explore(self.decoder, *self.of_set[name], tasks, index, row=row)
         return self.of_task[name, index]
 
     def row(self, task: Task) -> Tensor | None:

@@ -40,7 +40,8 @@ def data(
     folder: NewFolder,
     overrides: Overrides = None,
 ):
-    "Write a configuration's tasks as an on-disk TRM dataset. Example: etrm data arc1_10x10 data/arc1 tasks.num_aug=10"
+    """Write a configuration's tasks as an on-disk TRM dataset.
+    Example: etrm data arc1_10x10 data/arc1 tasks.num_aug=10"""
     c = load_config(config, tuple(overrides or ()))
     with new_folder(folder) as fresh:
         train_tasks, sets = make_task_sets(c)
@@ -76,7 +77,8 @@ def export(
     step: Step = None,
     canvas: Annotated[int | None, OfOfficial] = None,
 ):
-    "Write a decoder and its table in the official TRM layout: step_N and all_config.yaml. Example: etrm export checkpoints/lab_decoder exported"
+    """Write a decoder and its table in the official TRM layout: step_N and all_config.yaml.
+    Example: etrm export checkpoints/lab_decoder exported"""
     print(export_official(checkpoint, folder, step, canvas))
 
 # %% ../../nbs/api/8_apps/15_file_commands.ipynb #66aac615
@@ -93,7 +95,9 @@ def verify_decoder(
     tolerance: Tolerance = 0.,
     canvas: Annotated[int | None, Canvas] = None,
 ):
-    "Check that both checkpoints hold the same decoder: exit 0 if all tensors are equal and, run as configured, it answers the same; else 1. Keys in which the configurations differ are named. Example: etrm verify-decoder --trm-checkpoint checkpoints/lab_decoder --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"
+    """Check that both checkpoints hold the same decoder: exit 0 if all tensors are equal and, run as
+    configured, it answers the same; else 1. Keys in which the configurations differ are named.
+    Example: etrm verify-decoder --trm-checkpoint checkpoints/lab_decoder --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"""
     both = [Checkpoint(p) for p in (trm_checkpoint, etrm_checkpoint)]
     rows = compare_decoders(*(c.tensors['decoder'] for c in both), tolerance)
     if not rows: raise ValueError(f'neither {trm_checkpoint} nor {etrm_checkpoint} holds a decoder')
@@ -119,5 +123,6 @@ def inspect(
     path: Anything,
     as_json: AsJson = False,
 ):
-    "Say what a checkpoint, a dataset, a run or a folder of tasks is. Example: etrm inspect checkpoints/lab_decoder"
+    """Say what a checkpoint, a dataset, a run or a folder of tasks is.
+    Example: etrm inspect checkpoints/lab_decoder"""
     print(json.dumps(what_is(path), indent=None if as_json else 1))

@@ -71,7 +71,8 @@ def what_is(path: Path) -> dict:
 
 def holds_run(path: Path) -> bool:
     "Whether a folder is of a run, and not a checkpoint with its record beside it."
-    return not (path / 'model.safetensors').exists() and any((path / n).exists() for n in ('record.jsonl', 'settings.json'))
+    if (path / 'model.safetensors').exists(): return False
+    return any((path / name).exists() for name in ('record.jsonl', 'settings.json'))
 
 
 def holds_tasks(path: Path) -> bool:

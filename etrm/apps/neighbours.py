@@ -11,10 +11,8 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from typing import Iterator
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from .timing import waited
@@ -31,9 +29,11 @@ from ..data.stream import Stream
 # %% ../../nbs/api/8_apps/08_neighbours.ipynb #31835f9f
 def lab_trainer(batch_size: int) -> Trainer:
     "The lab's pre-training on a few tasks, not compiled."
-    config = load_config('lab', (f'pretrain.global_batch_size={batch_size}', 'pretrain.compile=false', 'tasks.max_train_groups=16', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=32'))
+    few = ('tasks.max_train_groups=16', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=32')
+    config = load_config('lab', (f'pretrain.global_batch_size={batch_size}', 'pretrain.compile=false', *few))
     data = puzzle_data(make_task_sets(config)[0], config.decoder.canvas)
-    return Trainer(Decoder(config.decoder), new_table(config, data), Stream(data, batch_size, translate=config.translate), config.pretrain)
+    stream = Stream(data, batch_size, translate=config.translate)
+    return Trainer(Decoder(config.decoder), new_table(config, data), stream, config.pretrain)
 
 
 def serve(batch_size: int):
@@ -51,7 +51,9 @@ def updating(
 ):
     "A process that makes updates: called with their number, it answers with their median seconds."
     own = {k: v for k, v in os.environ.items() if k not in USERS_OWN} | environ
-    with subprocess.Popen([sys.executable, '-c', f'from etrm.apps.neighbours import serve; serve({batch_size})'], env=own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, '-c', f'from etrm.apps.neighbours import serve; serve({batch_size})']
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=own, **pipes) as process:
         def updates(number: int) -> float:
             print(number, file=process.stdin, flush=True)
             return float(np.median([float(s) for s in process.stdout.readline().split()]))
@@ -70,7 +72,8 @@ def busy(
     finally: process.kill(); process.wait()
 
 # %% ../../nbs/api/8_apps/08_neighbours.ipynb #3351e252
-WAYS = {"GNU's default": dict(GOMP_SPINCOUNT='300000')} | {f'spin {n:,} times': dict(GOMP_SPINCOUNT=str(n)) for n in (1000, 5000, 10_000, 20_000, 100_000)}
+WAYS = {"GNU's default": dict(GOMP_SPINCOUNT='300000')}
+WAYS |= {f'spin {n:,} times': dict(GOMP_SPINCOUNT=str(n)) for n in (1000, 5000, 10_000, 20_000, 100_000)}
 WAYS |= {'sleep': dict(OMP_WAIT_POLICY='passive'), 'one thread': dict(OMP_NUM_THREADS='1')}
 
 
@@ -79,7 +82,7 @@ def measure(
     batch_size: int = 128,
     rounds: int = 5,
     updates: int = 5,  # in each round
-) -> list[dict]:  # rows: way; idle, beside, apart: median seconds of an update alone, and beside a busy process of the same or another session
+) -> list[dict]:  # by way: median seconds of an update idle, beside a busy process, and beside one apart
     "What an update costs, for each way to wait."
     found = {way: dict(idle=[], beside=[], apart=[]) for way in ways}
     with ExitStack() as stack:

@@ -93,7 +93,8 @@ def search(
     out: SubmissionFile = None,
     as_json: AsJson = False,
 ):
-    "Search a context for each task by gradient descent on its demonstrations, and answer its queries. Example: etrm search my_tasks --steps 100"
+    """Search a context for each task by gradient descent on its demonstrations, and answer its queries.
+    Example: etrm search my_tasks --steps 100"""
     planned = stages_of(stages)
     if library is None and stages != STAGES: raise ValueError('--stages are of a search for chains: name the decoder with --chains, or give --steps')
     if library is not None and (steps is not None or views > 1): raise ValueError("--chains searches in one view, by the steps of --stages: leave out --steps and --views")
@@ -102,21 +103,23 @@ def search(
     with new_file(out) as write:
         if library is None:
             frozen, start, config = start_of(source, lr, place)
-            found = own_tasks.search_tasks(frozen, start, asked, asked_search(config, steps=steps, rule=rule), views - 1)
+            plan = asked_search(config, steps=steps, rule=rule)
+            found = own_tasks.search_tasks(frozen, start, asked, plan, views - 1)
         else:
             frozen, encoder, _ = load_encoder(source, place)
             table = table_for(frozen, library)
-            planned = ChainConfig(lr=search_rate(table) if lr is None else lr, rule=rule or 'normalised', stages=planned)
-            found = chain_answers.chain_tasks(frozen, encoder, table.contexts(), asked, planned)
+            lr = search_rate(table) if lr is None else lr
+            plan = ChainConfig(lr=lr, rule=rule or 'normalised', stages=planned)
+            found = chain_answers.chain_tasks(frozen, encoder, table.contexts(), asked, plan)
         print(json.dumps(found['summary']) if as_json else search_table(found['summary']))
-        write(json.dumps(no_answers(every) | found['submission']))  # of tasks left out it says that they are not answered
+        write(json.dumps(no_answers(every) | found['submission']))  # those left out are not answered
 
 
 def start_of(
     checkpoint: Checkpoint,
     lr: float | None,  # of the search; None: an encoder's own, or of a table its rows'
     device: torch.device,
-) -> tuple[Decoder, DemoEncoder | Tensor, SearchConfig]:  # decoder; encoder, or the mean of the table's rows (T, D); how it is searched
+) -> tuple[Decoder, DemoEncoder | Tensor, SearchConfig]:  # second: the encoder, or the mean of the table's rows (T, D)
     "Where a search starts, and how it goes."
     if checkpoint.tensors['encoder']:
         decoder, encoder, config = load_encoder(checkpoint, device)
@@ -136,7 +139,8 @@ def that_fit(
     if not skip or len(large) == len(tasks): check_fits(tasks, canvas)
     elif large:
         names = ', '.join(t.name for t in large)
-        print(f'{len(large)} of {len(tasks)} tasks are too large for the canvas of {canvas} and left out: {names}', file=sys.stderr)
+        said = f'{len(large)} of {len(tasks)} tasks are too large for the canvas of {canvas} and left out: {names}'
+        print(said, file=sys.stderr)
     return [t for t in tasks if fits(t, canvas)]
 
 
@@ -144,6 +148,6 @@ def search_table(summary: list[dict]) -> str:  # Markdown
     "What was found of each task."
     loss = lambda value: '' if value is None else f'{value:.3f}'
     solved = lambda hits: 'unknown' if hits is None else f'{sum(hits)} of {len(hits)}'
-    cells = [[r['task'], loss(r['loss_before']), loss(r['loss_after']), f"{r['answered']} of {r['demonstrations']}", solved(r['solved'])]
-             for r in summary]
+    losses = lambda r: (loss(r['loss_before']), loss(r['loss_after']))
+    cells = [[r['task'], *losses(r), f"{r['answered']} of {r['demonstrations']}", solved(r['solved'])] for r in summary]
     return markdown_table(['task', 'loss before', 'after', 'demonstrations answered', 'solved'], cells)

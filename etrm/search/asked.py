@@ -70,10 +70,11 @@ def demonstrations_right(
     "How many of its demonstrations each context answers right in all cells."
     found, device = [], where_is(decoder)
     for at in range(0, len(contexts), batch_size):
-        some, context = within_extents(demos[at:at + batch_size].to(device), decoder), contexts[at:at + batch_size].to(device)
+        rows = slice(at, at + batch_size)
+        some, context = within_extents(demos[rows].to(device), decoder), contexts[rows].to(device)
         B, K, S = some.inputs.shape
-        extent = None if some.extent is None else some.extent.flatten(0, 1)
-        logits = last_step(decoder, some.inputs.flatten(0, 1), context.repeat_interleave(K, 0), extent, batch_size * K)[0]
+        flat = some.map(lambda t: t.flatten(0, 1))
+        logits = last_step(decoder, flat.inputs, context.repeat_interleave(K, 0), flat.extent, batch_size * K)[0]
         right = ((logits.argmax(-1).view(B, K, S) == some.labels) | (some.labels < 0)).all(-1)
         found.append((right & some.mask).sum(1))
     return torch.cat(found).cpu().numpy()

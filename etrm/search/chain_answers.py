@@ -50,7 +50,8 @@ def answers_of_chains(
     found = decoded(decoder, chains.between[:, K:].flatten(0, 1), chains.contexts.repeat_interleave(Q, 0)).argmax(-1)
     as_bytes = lambda tokens: tokens.cpu().numpy().astype(np.uint8)
     confidence = -chains.losses.repeat_interleave(Q).cpu().numpy().astype(np.float32)
-    return Predictions([name] * (N * Q), as_bytes(queries.repeat(N, 1)), as_bytes(found), confidence, decoder.config.canvas)
+    asked, canvas = as_bytes(queries.repeat(N, 1)), decoder.config.canvas
+    return Predictions([name] * (N * Q), asked, as_bytes(found), confidence, canvas)
 
 # %% ../../nbs/api/6_search/08_chain_answers.ipynb #22bde5f5
 def chain_rows(
@@ -59,7 +60,7 @@ def chain_rows(
     library: Tensor,  # (R, T, D)
     asked: AskedSet,
     config: ChainConfig,
-) -> list[dict]:  # without gradient steps, and with them: bits of the tasks solved by the first answer, demonstrations answered, seconds
+) -> list[dict]:  # without gradient steps, and with them
     "How many tasks chains solve."
     found, right, seconds, library = ([], []), ([], []), 0., library.to(where_is(decoder))
     for task, grids in zip(tqdm(asked.tasks, desc='chains'), grids_of(asked.queries)):
@@ -85,7 +86,7 @@ def chain_tasks(
     library: Tensor,  # (R, T, D) first contexts to try
     tasks: list[Task],
     config: ChainConfig,
-) -> dict:  # 'summary', a row a task, with the least loss of a chain as proposed and as searched; 'submission' in ARC Prize's form
+) -> dict:  # 'summary', a row a task, with the least loss of a chain before and after; 'submission' in ARC Prize's form
     "Search two contexts in a row for each task on its demonstrations, and answer its queries."
     data = puzzle_data(tasks, decoder.config.canvas, unsolved=True)
     queries = Queries.of(data, decoder, max(len(t.train) for t in tasks))
@@ -95,7 +96,11 @@ def chain_tasks(
         best = after.most_right()
         found.append(answers_of_chains(decoder, best, grids.queries, task.name))
         known = all(p.output is not None for p in task.test)
-        solved = pass_at_k(vote(found[-1], [task]), [task]).first[0] if known else None
-        least = lambda chains: round(chains.losses.min().item(), 4)
-        summary.append(dict(task=task.name, loss_before=least(before), loss_after=least(after), demonstrations=len(grids.inputs), answered=int(best.right[0]), solved=solved))
+        summary.append(dict(
+            task=task.name,
+            loss_before=round(before.losses.min().item(), 4),
+            loss_after=round(after.losses.min().item(), 4),
+            demonstrations=len(grids.inputs),
+            answered=int(best.right[0]),
+            solved=pass_at_k(vote(found[-1], [task]), [task]).first[0] if known else None))
     return dict(summary=summary, submission=submission(vote(concatenate(found), tasks)))

@@ -51,7 +51,7 @@ def voted_first(
     name: str,
     predictions: Predictions,
     tasks: list[Task],
-) -> dict:  # by `name`: for each test input 1 or 0, None where nothing voted; by `name`_2: how many are solved in two answers
+) -> dict:  # by `name`: of each test input 1 or 0, None where nothing voted; by `name`_2: solved in two answers
     "What a vote solves."
     asked = {Augmentation.from_name(n)[0] for n in predictions.names}
     some = [t for t in tasks if t.name in asked]
@@ -66,7 +66,7 @@ def voted_views(
     predictions: Predictions,  # of the queries, in their order
     right: np.ndarray,  # (Q,) how many demonstrations each answers
 ) -> dict:
-    "What is solved by the vote of all views and of those that answer most demonstrations; and of the new ones among them."
+    "What is solved by the vote of all views, of those that answer most demonstrations, and of the new ones."
     row = dict(views=asked.views) | voted_first('voted', predictions, asked.tasks)
     row |= voted_first('best_voted', keep_best_views(predictions, right), asked.tasks)
     if asked.new is None: return row

@@ -59,7 +59,7 @@ def searched_table(
     tasks: list[Task],  # those that the rows belong to, in order
     pairs: int,  # training pairs of each task that are searched on
     config: SearchConfig,
-) -> tuple[PuzzleEmbedding, np.ndarray]:  # a table of found rows; how many of its pairs each task's row answers, 0 to `pairs`
+) -> tuple[PuzzleEmbedding, np.ndarray]:  # a table of found rows; how many of `pairs` each task's row answers
     "A table for the same tasks, each row found by gradient descent through the frozen decoder."
     data = puzzle_data(tasks, decoder.config.canvas)
     if data.num_identifiers != len(table.weights):

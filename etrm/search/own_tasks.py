@@ -26,14 +26,14 @@ from ..tasks.task import Task
 # %% ../../nbs/api/6_search/06_own_tasks.ipynb #0fb20d07
 def search_tasks(
     decoder: Decoder,
-    source: nn.Module | Tensor,  # an encoder, whose contexts the search starts from, or one context (T, D) for all, as the mean of a table's
+    source: nn.Module | Tensor,  # where it starts: an encoder, or one context (T, D) for all, as the mean of a table's
     tasks: list[Task],
     config: SearchConfig,
-    num_aug: int = 0,  # augmented views of each task beside its own: each is searched by itself, and those that answer most demonstrations vote
-) -> dict:  # 'summary', a row a task, with the losses of its own view and how many demonstrations the best view answers; 'submission' in ARC Prize's form
-    "Search a context for each task on its demonstrations, and answer its queries: in the same views alone and among others. (Those of evaluation sets and of tables go by places: records of them depend on it.)"
-    queries = Queries.of(
-        puzzle_data(tasks, decoder.config.canvas, num_aug, None, unsolved=True), decoder, max(len(t.train) for t in tasks))
+    num_aug: int = 0,  # augmented views of each task beside its own: the best of them vote
+) -> dict:  # 'summary', a row a task; 'submission' in ARC Prize's form
+    "Search a context for each task on its demonstrations, and answer its queries."
+    data = puzzle_data(tasks, decoder.config.canvas, num_aug, None, unsolved=True)
+    queries = Queries.of(data, decoder, max(len(t.train) for t in tasks))
     puzzles, first, view = np.unique(queries.whole('puzzle').cpu().numpy(), return_index=True, return_inverse=True)
     names, first = [queries.data.names[p] for p in puzzles], torch.from_numpy(first).to(where_is(decoder))
     demos, start = queries.demos()[first], own_start(source, queries)[first]
@@ -43,7 +43,8 @@ def search_tasks(
     right = demonstrations_right(decoder, demos, contexts)
     predictions = answer(decoder, queries, contexts[torch.from_numpy(view).to(contexts.device)])
     votes = vote(keep_best_views(predictions, right[view]), tasks)
-    return dict(summary=summary_of(tasks, votes, dict(zip(names, losses.T)), dict(zip(names, right))), submission=submission(votes))
+    summary = summary_of(tasks, votes, dict(zip(names, losses.T)), dict(zip(names, right)))
+    return dict(summary=summary, submission=submission(votes))
 
 
 AT_ONCE = 256  # views that are searched together
@@ -63,7 +64,7 @@ def summary_of(
     losses: dict[str, Tensor],  # by a view's name, before each step (steps,)
     right: dict[str, int],  # by a view's name, how many demonstrations its context answers
 ) -> list[dict]:  # a row a task
-    "Losses of each task's own view, the demonstrations that its best view answers, and what is solved where that is known."
+    "Losses of each task's own view, what its best view answers of the demonstrations, and what is solved."
     known = [t for t in tasks if all(p.output is not None for p in t.test)]
     solved = dict(zip([t.name for t in known], pass_at_k(votes, known).first)) if known else {}
     at = lambda name, step: round(losses[name][step].item(), 4) if len(losses[name]) else None

@@ -36,7 +36,8 @@ class SearchConfig(Settings):
     steps: int = Field(100, ge=0, description='gradient steps; 0 answers from the start')
     lr: float = Field(.05, ge=0, description="rate, in the contexts' own units")
     rule: SearchRule = Field('adam', description='how it steps: by Adam, or by the gradient at RMS 1')
-    supervision_steps: int | None = Field(None, ge=1, description="the decoder's, of which each gradient step adds up the losses; null: 2, or 1 where halt_max_steps is 1")
+    supervision_steps: int | None = Field(
+        None, ge=1, description="the decoder's, whose losses a gradient step adds up; null: 2, or 1 of 1")
 
     def steps_of(self, decoder: Decoder) -> int:
         "The supervision steps of a gradient step."
@@ -46,7 +47,7 @@ class SearchConfig(Settings):
 def search_rate(
     table: PuzzleEmbedding,
 ) -> float:
-    "A rate for searches among this table's contexts: 0.14 of its rows' standard deviation, the share that was chosen on validation tasks (`nbs/15_rows.ipynb`)."
+    "A rate for searches among this table's contexts: 0.14 of its rows' standard deviation."
     spread = table.contexts().std(0)
     if (spread > 0).any(): return .14 * spread[spread > 0].mean().item()  # a row may be shorter than T * D
     raise ValueError(f'the rows of this table ({len(table.weights) - 1}) do not differ, so they say nothing about the rate of a search: name one (--lr)')
@@ -137,7 +138,7 @@ def search(
     demos: Demos,  # (B, K)
     start: Tensor,  # (B, T, D) where the search begins
     config: SearchConfig = SearchConfig(),
-    watch: Callable[[int, Tensor], object] | None = None,  # called with the steps taken and the contexts, before each step and at the end
+    watch: Callable[[int, Tensor], object] | None = None,  # is told the steps taken and the contexts, from 0 to the end
     progress: bool = False,  # show a bar
 ) -> tuple[Tensor, Tensor]:  # contexts (B, T, D), losses (steps, B)
     "Contexts fitted to each task's demonstrations by gradient descent through the frozen decoder, on its device."

@@ -25,14 +25,15 @@ def retrieved(
     decoder: Decoder,
     library: Tensor,  # (R, T, D) contexts to try, as all of a table
     demos: Demos,  # (Q, K)
-    keep: int = 64,  # of the library: those with the least loss on a query's first demonstration are tried on the others
+    keep: int = 64,  # of the library, by the loss of a query's first demonstration: they are tried on the others
     batch_size: int = 1024,  # demonstrations decoded at once
 ) -> Tensor:  # (Q,) int64, which of the library
     "The context that answers most demonstrations of each query; of several the one with the least loss."
     if decoder.config.crop is not None: raise ValueError('retrieval tries contexts on the whole canvas: use a decoder without crop')
     def tried(contexts, x, y):  # (N, T, D), (k, S), (k, S): right and loss, (N, k) each
         y, k = y.repeat(len(contexts), 1), len(x)
-        logits = last_step(decoder, x.repeat(len(contexts), 1), contexts.repeat_interleave(k, 0), batch_size=batch_size)[0]
+        each = contexts.repeat_interleave(k, 0)
+        logits = last_step(decoder, x.repeat(len(contexts), 1), each, batch_size=batch_size)[0]
         right = ((logits.argmax(-1) == y) | (y < 0)).all(-1)
         return right.view(-1, k), stablemax_cross_entropy(logits, y).view(-1, k)
     found, library, demos = [], library.to(where_is(decoder)), demos.to(where_is(decoder))
