@@ -117,7 +117,7 @@ def measures_row(
 ) -> dict:
     "Measures of single answers as a row that JSON can hold, with the interval over queries."
     exact = found['exact'].astype(int).tolist()
-    short = lambda values: values.astype(float).round(4).tolist()  # in float32 0.8 would be written as 0.800000011920929
+    short = lambda values: values.astype(float).round(4).tolist()  # float32 would write 0.8 as 0.800000011920929
     means = {name: float(found[name].mean()) for name in ('accuracy', 'lm_loss')}
     each = dict(exact=exact, accuracies=short(found['accuracy']), lm_losses=short(found['lm_loss']))
     return about | Rate.of(exact).as_dict() | means | each

@@ -65,7 +65,8 @@ def concatenate(
     if len(canvases) != 1:
         raise ValueError(f'concatenate: predictions on one canvas are needed, got {canvases or "none"}')
     names = [name for p in parts for name in p.names]
-    return Predictions(names, *(np.concatenate([getattr(p, field) for p in parts]) for field in ('inputs', 'outputs', 'q_halt')), canvases[0])
+    joined = (np.concatenate([getattr(p, field) for p in parts]) for field in ('inputs', 'outputs', 'q_halt'))
+    return Predictions(names, *joined, canvases[0])
 
 # %% ../../nbs/api/5_evaluation/01_votes.ipynb #f5585086
 def save_predictions(
@@ -74,8 +75,9 @@ def save_predictions(
 ):
     "Write predictions to one compressed .npz"
     with new_file(path) as write:
-        np.savez_compressed(file := io.BytesIO(), names=np.array(predictions.names, dtype=str), inputs=predictions.inputs, outputs=predictions.outputs,
-                            q_halt=predictions.q_halt, canvas=np.int64(predictions.canvas))
+        names, canvas = np.array(predictions.names, dtype=str), np.int64(predictions.canvas)
+        np.savez_compressed(file := io.BytesIO(), names=names, inputs=predictions.inputs,
+                            outputs=predictions.outputs, q_halt=predictions.q_halt, canvas=canvas)
         write(file.getvalue())
 
 # %% ../../nbs/api/5_evaluation/01_votes.ipynb #249f094f
@@ -194,12 +196,13 @@ def vote(
     chosen, candidates = _count(predictions, slots, task, dihedral, colours)
     ranked = _ranked(candidates, chosen, predictions.q_halt, predictions.canvas, len(slots))
     used, outside = int((chosen >= 0).sum()), int((task < 0).sum())
-    return Votes({t.name: [list(ranked[s]) for s in at] for t, at in zip(tasks, places)}, used, len(predictions)-used-outside, outside)
+    by_task = {t.name: [list(ranked[slot]) for slot in own] for t, own in zip(tasks, places)}
+    return Votes(by_task, used, len(predictions) - used - outside, outside)
 
 # %% ../../nbs/api/5_evaluation/01_votes.ipynb #5eac0426
 def keep_best_views(
     predictions: Predictions,
-    score: np.ndarray,  # (N,) how much each prediction's view is worth, as the number of demonstrations it answers right
+    score: np.ndarray,  # (N,) of each prediction's view, as the number of demonstrations it answers right
 ) -> Predictions:       # for each task those of the views with its highest score
     "Leave out the predictions of all views but each task's best"
     if score.shape != (len(predictions),):
