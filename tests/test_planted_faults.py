@@ -143,7 +143,7 @@ def test_context_that_is_not_finite_is_named(lab):
 
 def test_shuffled_demonstrations_are_named(lab):
     config, decoder, table, _, _, batch = lab
-    encoder, demos = new_encoder(config, decoder, table), ('demo_inputs', 'demo_labels', 'demo_mask')
+    encoder, demos = new_encoder(config, decoder, table), ('demo_inputs', 'demo_outputs', 'demo_mask')
     mixed = torch.randperm(len(batch['group']), generator=torch.Generator().manual_seed(0))
     assert check_contexts(context_of(encoder, batch), batch['group'])['p'] < .01
     with pytest.raises(CheckError, match='do not follow the tasks'): check_contexts(context_of(encoder, batch | {k: batch[k][mixed] for k in demos}), batch['group'])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import labels_of, Selection
+from .batches import to_labels, Selection
 from .puzzles import PuzzleData
 from ..tasks.grids import COLOUR_OFFSET, EOS, PAD, token_sizes
 from ..tasks.augmentations import FLIPS_COLUMNS, FLIPS_ROWS, TRANSPOSES
@@ -144,10 +144,10 @@ class Layout:
         pairs = torch.where(there, pairs, self.grids.no_pair)
         parts = chunks(pairs.shape[1] * 2 * self.grids.canvas**2, puzzles, pairs, symmetry, offsets)
         inputs, outputs = torch.cat([self.grids.look_up(*part) for part in parts]).unbind(1)
-        batch = dict(inputs=inputs[:, 0], labels=labels_of(outputs[:, 0]), puzzle_identifiers=identifiers[:, 0],
+        batch = dict(inputs=inputs[:, 0], labels=to_labels(outputs[:, 0]), puzzle_identifiers=identifiers[:, 0],
                      group=group[:, 0], puzzle=puzzles)
         if selected.mask.shape[1]:
-            batch |= dict(demo_inputs=inputs[:, 1:], demo_labels=outputs[:, 1:], demo_mask=there[:, 1:])
+            batch |= dict(demo_inputs=inputs[:, 1:], demo_outputs=outputs[:, 1:], demo_mask=there[:, 1:])
         if self.known_sizes is None: return batch
         known = self.known_sizes[pairs[:, 0]]
         known = torch.where(symmetry[:, :1] == 1, known.flip(1), known)

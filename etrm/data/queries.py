@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 
 from ..basics.devices import where_is
-from .batches import eval_batches, labels_of
+from .batches import eval_batches, to_labels
 from .puzzles import PuzzleData
 
 # %% ../../nbs/api/2_data/04_queries.ipynb #0447ba74
@@ -28,7 +28,7 @@ class Demos:
     @classmethod
     def of(cls, batch: dict[str, Tensor]) -> 'Demos':
         "Those of a batch, which has tokens for outputs."
-        return cls(batch['demo_inputs'].long(), labels_of(batch['demo_labels']), batch['demo_mask'])
+        return cls(batch['demo_inputs'].long(), to_labels(batch['demo_outputs']), batch['demo_mask'])
 
     def __len__(self) -> int: return len(self.inputs)
 
@@ -46,7 +46,7 @@ class Demos:
         return self.mask.shape[1]
 
 # %% ../../nbs/api/2_data/04_queries.ipynb #236f21b3
-BYTES = dict(inputs=torch.uint8, labels=torch.int8, demo_inputs=torch.uint8, demo_labels=torch.uint8)  # what fits
+BYTES = dict(inputs=torch.uint8, labels=torch.int8, demo_inputs=torch.uint8, demo_outputs=torch.uint8)  # what fits
 
 
 class Queries:
@@ -91,4 +91,4 @@ class Queries:
 
     def demos(self) -> Demos:
         "All demonstrations, in the order of the queries."
-        return Demos.of({name: self.whole(name) for name in ('demo_inputs', 'demo_labels', 'demo_mask')})
+        return Demos.of({name: self.whole(name) for name in ('demo_inputs', 'demo_outputs', 'demo_mask')})

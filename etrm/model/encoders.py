@@ -143,13 +143,13 @@ class _DemoReader(nn.Module):
 
     def read_pairs(self,
         demo_inputs: Tensor,  # (B, K, S) tokens
-        demo_labels: Tensor,  # (B, K, S) tokens of the output grids
+        demo_outputs: Tensor,  # (B, K, S) tokens of the output grids
         demo_mask: Tensor,  # (B, K) bool, True where there is a demonstration
     ) -> tuple[Tensor, Tensor]:  # (B, K, M, W) what each pair was pooled to; (B, K, M) bool
         S, canvas = demo_inputs.shape[-1], self.config.canvas
         if S != canvas**2:
             raise ValueError(f'demonstrations have {S} places, the encoder canvas {canvas} has {canvas**2}')
-        x, mask = self.cells(demo_inputs.flatten(0, 1), demo_labels.flatten(0, 1))
+        x, mask = self.cells(demo_inputs.flatten(0, 1), demo_outputs.flatten(0, 1))
         x = self.pool(x, mask)
         if self.config.pooling != 'none': mask = torch.ones_like(x[..., 0], dtype=torch.bool)
         x, mask = (t.unflatten(0, demo_mask.shape) for t in (x, mask))
@@ -176,7 +176,7 @@ def _symmetric_root(
 # %% ../../nbs/api/3_model/04_encoders.ipynb #699d4e39
 class DemoEncoder(_DemoReader):
     "A context from demonstration pairs."
-    reads = ('demo_inputs', 'demo_labels', 'demo_mask')  # what it is called with, of a batch
+    reads = ('demo_inputs', 'demo_outputs', 'demo_mask')  # what it is called with, of a batch
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
         self.extra_loss, T, D = 0., config.puzzle_emb_len, config.hidden_size
@@ -187,10 +187,10 @@ class DemoEncoder(_DemoReader):
 
     def forward(self,
         demo_inputs: Tensor,  # (B, K, S) tokens
-        demo_labels: Tensor,  # (B, K, S) tokens of the output grids
+        demo_outputs: Tensor,  # (B, K, S) tokens of the output grids
         demo_mask: Tensor,  # (B, K) bool, True where there is a demonstration
     ) -> Tensor:  # (B, T, D)
-        x, mask = self.read_pairs(demo_inputs, demo_labels, demo_mask)
+        x, mask = self.read_pairs(demo_inputs, demo_outputs, demo_mask)
         self.extra_loss = 0.
         if self.config.variational == 'pair': x = self.sample(x, demo_mask[..., None].expand(mask.shape))
         x = self.read_set(x.flatten(1, 2), mask.flatten(1))

@@ -31,11 +31,11 @@ def grids_of(
     queries: Queries,  # of the tasks' own views
 ) -> Iterator[TaskGrids]:
     "The grids of each task, in order."
-    batch = {name: queries.whole(name) for name in ('puzzle', 'inputs', 'demo_inputs', 'demo_labels', 'demo_mask')}
+    batch = {name: queries.whole(name) for name in ('puzzle', 'inputs', 'demo_inputs', 'demo_outputs', 'demo_mask')}
     for p in range(len(queries.data.names)):
         at = (batch['puzzle'] == p).nonzero()[:, 0]
         there = batch['demo_mask'][at[0]]
-        inputs, outputs = (batch[name][at[0]][there].long() for name in ('demo_inputs', 'demo_labels'))
+        inputs, outputs = (batch[name][at[0]][there].long() for name in ('demo_inputs', 'demo_outputs'))
         yield TaskGrids(inputs, outputs, batch['inputs'][at].long())
 
 # %% ../../nbs/api/6_search/08_chain_answers.ipynb #4d299e60

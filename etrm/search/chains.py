@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..basics.devices import where_is
 from ..basics.settings import Settings
-from ..data.batches import labels_of
+from ..data.batches import to_labels
 from ..data.queries import Demos
 from ..model.decoder import Decoder, last_step
 from ..model.encoders import DemoEncoder
@@ -98,7 +98,7 @@ def as_chains(
 ) -> Chains:
     "Candidates, with how well their demonstrations are answered."
     N, K = len(between), len(outputs)
-    labels = labels_of(outputs).repeat(N, 1)
+    labels = to_labels(outputs).repeat(N, 1)
     logits = decoded(decoder, between[:, :K].flatten(0, 1), contexts.repeat_interleave(K, 0))
     right = ((logits.argmax(-1) == labels) | (labels < 0)).all(-1)
     losses = stablemax_cross_entropy(logits, labels).view(N, K).mean(1)
@@ -143,7 +143,7 @@ def refined(
     batch_size: int = 24,  # chains searched at once
 ) -> Chains:
     "The same first steps, the second contexts searched on the demonstrations."
-    K, labels = len(outputs), labels_of(outputs)
+    K, labels = len(outputs), to_labels(outputs)
     def found(some):
         demos = Demos(some.between[:, :K], labels.expand(len(some), -1, -1), torch.ones(len(some), K, dtype=torch.bool))
         return search(decoder, demos, some.contexts, config)[0]

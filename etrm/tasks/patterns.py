@@ -7,20 +7,22 @@ __all__ = ['pattern_pair', 'pattern_split', 'pattern_tasks', 'onehot_programs']
 
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #485fb492
 import numpy as np
+
 from .rules import FamilyError, hash_grids, stable_hash
 from .task import Pair, Task
 
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #61bef21b
 def pattern_pair(
-    program: np.ndarray, # (side, side) uint8, colours 1 to 9
-    row: int, # of its top left corner
+    program: np.ndarray,  # (side, side) uint8, colours 1 to 9
+    row: int,  # of its top left corner
     column: int,
-    canvas: int=10, # side of both grids
+    canvas: int = 10,  # side of both grids
 ) -> Pair:
     "The grid that shows where, and the grid with the program drawn there."
     side = len(program)
-    if not (0 <= row <= canvas - side and 0 <= column <= canvas - side):
-        raise FamilyError(f'a pattern of side {side} at ({row}, {column}) leaves the canvas of side {canvas}: rows and columns go from 0 to {canvas - side}')
+    last = canvas - side
+    if not (0 <= row <= last and 0 <= column <= last):
+        raise FamilyError(f'a pattern of side {side} at ({row}, {column}) leaves the canvas of side {canvas}: rows and columns go from 0 to {last}')
     shown, drawn = (np.zeros((canvas, canvas), np.uint8) for _ in range(2))
     shown[row, column] = 1
     drawn[row:row + side, column:column + side] = program
@@ -28,46 +30,55 @@ def pattern_pair(
 
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #d86d3b69
 def pattern_split(
-    program: np.ndarray, # (side, side) uint8
-) -> str: # 'train', 'validation' or 'instances'
+    program: np.ndarray,  # (side, side) uint8
+) -> str:  # 'train', 'validation' or 'instances'
     "The split a program belongs to."
     pair = pattern_pair(program, 0, 0, len(program))
     bucket = int(hash_grids([(pair.input, pair.output)], len(program))[0]) % 16
     return 'train' if bucket < 10 else 'validation' if bucket < 12 else 'instances'
 
-
-def pattern_tasks(
-    split: str, # train, validation, instances; or fresh: training programs at other places
-    n: int, # how many, each another program; a longer list starts with the shorter one
-    num_train: int=3, # demonstrations
-    num_test: int=1, # queries
-    seed: int=0, # of the programs
-    canvas: int=10,
-    side: int=4, # of the patterns
-) -> list: # of Tasks
-    "Tasks with programs of one split."
-    known = ('train', 'fresh', 'validation', 'instances')
-    if split not in known: raise FamilyError(f'patterns have no split {split!r}; choose from {", ".join(known)}')
-    places, needed = (canvas - side + 1)**2, num_train + num_test
-    if side < 1 or canvas < side or needed > places: raise FamilyError(f'{needed} pairs of a pattern of side {side} need as many places, canvas {canvas} has {max(0, places) if canvas >= side else 0}: ask for fewer pairs or a larger canvas')
-    of, rng, found = 'train' if split == 'fresh' else split, np.random.default_rng(stable_hash(f'pattern|{split.replace("fresh", "train")}|{seed}|{side}')), {}
+# %% ../../nbs/api/1_tasks/11_patterns.ipynb #daaac2f3
+def _programs(split: str, n: int, seed: int, side: int, places: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    "So many programs of a split, each with an order of the places it may lie at."
+    of = 'train' if split == 'fresh' else split
+    rng, found = np.random.default_rng(stable_hash(f'pattern|{of}|{seed}|{side}')), {}
     for _ in range(100 * n):
         if len(found) == n: break
         program = rng.integers(1, 10, (side, side), np.uint8)
         order = rng.permutation(places)
         if pattern_split(program) == of: found.setdefault(program.tobytes(), (program, order))
-    if len(found) < n: raise FamilyError(f'split {split!r} has hardly more than {len(found)} patterns of side {side}, not {n}: ask for fewer or a larger side')
+    if len(found) == n: return list(found.values())
+    raise FamilyError(f'split {split!r} has hardly more than {len(found)} patterns of side {side}, not {n}: ask for fewer or a larger side')
+
+
+def pattern_tasks(
+    split: str,  # train, validation, instances; or fresh: training programs at other places
+    n: int,  # how many, each another program; a longer list starts with the shorter one
+    num_train: int = 3,  # demonstrations
+    num_test: int = 1,  # queries
+    seed: int = 0,  # of the programs
+    canvas: int = 10,
+    side: int = 4,  # of the patterns
+) -> list[Task]:
+    "Tasks with programs of one split."
+    known = ('train', 'fresh', 'validation', 'instances')
+    if split not in known: raise FamilyError(f'patterns have no split {split!r}; choose from {", ".join(known)}')
+    free, needed = canvas - side + 1, num_train + num_test  # rows, and columns, where a pattern may begin
+    if side < 1 or free < 1 or needed > free**2:
+        raise FamilyError(f'{needed} pairs of a pattern of side {side} need as many places, canvas {canvas} has {max(0, free)**2}: ask for fewer pairs or a larger canvas')
     tasks = []
-    for program, order in found.values():
-        order = order[::-1] if split == 'fresh' else order
-        pairs = tuple(pattern_pair(program, *divmod(int(p), canvas - side + 1), canvas) for p in order[:needed])
-        tasks.append(Task(f'pattern-{stable_hash(program.tobytes().hex()):016x}', pairs[:num_train], pairs[num_train:], {'family': 'pattern', 'params': {'program': program.tolist()}}))
+    for program, order in _programs(split, n, seed, side, free**2):
+        if split == 'fresh': order = order[::-1]
+        pairs = tuple(pattern_pair(program, *divmod(int(place), free), canvas) for place in order[:needed])
+        name = f'pattern-{stable_hash(program.tobytes().hex()):016x}'
+        made_by = {'family': 'pattern', 'params': {'program': program.tolist()}}
+        tasks.append(Task(name, pairs[:num_train], pairs[num_train:], made_by))
     return tasks
 
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #438b1878
 def onehot_programs(
-    tasks: list, # of pattern Tasks whose programs have one side
-) -> np.ndarray: # (n, side * side * 9) of 0. and 1.
+    tasks: list[Task],  # whose programs have one side
+) -> np.ndarray:  # (n, side * side * 9) of 0. and 1.
     "The colour of each cell of each task's program, one-hot."
     programs = np.array([t.rule['params']['program'] for t in tasks])
     return (programs.reshape(len(tasks), -1, 1) == np.arange(1, 10)).reshape(len(tasks), -1).astype(float)

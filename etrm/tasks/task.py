@@ -9,6 +9,7 @@ __all__ = ['MAX_SIDE', 'Pair', 'Task', 'TaskError', 'grid_problem', 'task_from_j
 import hashlib
 import reprlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from .grids import N_COLOURS
 @dataclass(frozen=True, eq=False)
 class Pair:
     "An input grid and its output grid."
-    input: np.ndarray # (h, w) uint8
-    output: np.ndarray = None # (h, w) uint8; None for a test pair read without its solution
+    input: np.ndarray  # (h, w) uint8
+    output: np.ndarray | None = None  # (h, w) uint8; None for a test pair read without its solution
 
     def _content(self): return tuple(None if g is None else (g.shape, g.tobytes()) for g in self)
     def __iter__(self): return iter((self.input, self.output))
@@ -30,102 +31,118 @@ class Pair:
 @dataclass(frozen=True)
 class Task:
     "Demonstrations of a rule, and the inputs it is asked for."
-    name: str # unique within its source
-    train: tuple # of Pair: the demonstrations
-    test: tuple # of Pair: the queries
-    rule: dict = field(default=None, compare=False) # what a generator drew
+    name: str  # unique within its source
+    train: tuple[Pair, ...]  # the demonstrations
+    test: tuple[Pair, ...]  # the queries
+    rule: dict | None = field(default=None, compare=False)  # what a generator drew
 
     @property
-    def pairs(self) -> tuple:
+    def pairs(self) -> tuple[Pair, ...]:
         "All pairs, demonstrations first."
         return self.train + self.test
 
 # %% ../../nbs/api/1_tasks/05_task.ipynb #f05b945c
-MAX_SIDE = 30    # the largest grid of ARC
+MAX_SIDE = 30  # the largest grid of ARC
+
 
 class TaskError(ValueError):
     "A task that cannot be read: names the file, the task and the pair."
     def __init__(self,
-        problem: str, # what is wrong
-        where: str = None, # the file or source; None: the problem says it
-        name: str = None, # the task
-        pair: str = None, # such as 'train pair 0'
+        problem: str,  # what is wrong
+        where: str | None = None,  # the file or source; None: the problem says it
+        name: str | None = None,  # the task
+        pair: str | None = None,  # such as 'train pair 0'
     ):
         place = [where and str(where), name is not None and f'task {name!r}', pair]
-        super().__init__(': '.join(p for p in (', '.join(p for p in place if p), problem) if p))
+        place = ', '.join(p for p in place if p)
+        super().__init__(f'{place}: {problem}' if place else problem)
 
 # %% ../../nbs/api/1_tasks/05_task.ipynb #ccb4705b
 def grid_problem(
-    rows, # decoded JSON of what should be a grid
-) -> str: # what keeps it from being one, or None
+    rows,  # decoded JSON of what should be a grid
+) -> str | None:  # what keeps it from being one
     "What is wrong with a grid."
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         return f'is not a list of rows but {reprlib.repr(rows)}'
     if not rows or not rows[0]: return 'is empty'
-    if len({len(row) for row in rows}) > 1: return f'has rows of different lengths: {[len(r) for r in rows][:MAX_SIDE]}'
+    if len({len(row) for row in rows}) > 1:
+        return f'has rows of different lengths: {[len(r) for r in rows][:MAX_SIDE]}'
     if max(len(rows), len(rows[0])) > MAX_SIDE:
         return f'is {len(rows)} x {len(rows[0])}; the largest is {MAX_SIDE} x {MAX_SIDE}'
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
-            if type(cell) is not int: return f'has {reprlib.repr(cell)} in row {i}, column {j}; a cell is a whole number'
-            if not 0 <= cell < N_COLOURS: return f'has colour {reprlib.repr(cell)} in row {i}, column {j}; colours are 0..9'
+            where = f'{reprlib.repr(cell)} in row {i}, column {j}'
+            if type(cell) is not int: return f'has {where}; a cell is a whole number'
+            if not 0 <= cell < N_COLOURS: return f'has colour {where}; colours are 0..9'
+    return None
 
 # %% ../../nbs/api/1_tasks/05_task.ipynb #e8bbf7a5
-def _read_pair(obj, complete, error):
-    "A Pair from its JSON; `error` makes a TaskError out of a problem. An output that is null is unknown, as one that is not there."
+def _read_pair(obj, complete: bool, error) -> Pair:
+    "A Pair from its JSON; `error` makes a TaskError out of a problem."
     if not isinstance(obj, dict): raise error('is not an object with "input" and "output"')
-    there = {side: obj[side] for side in ('input', 'output') if obj.get(side) is not None}
-    for side in ('input', 'output'):
-        if side not in there and (side == 'input' or complete): raise error(f'has no "{side}"')
-        if side in there and (problem := grid_problem(there[side])): raise error(f'the {side} {problem}')
-    return Pair(*(np.array(there[side], np.uint8) if side in there else None for side in ('input', 'output')))
+    grids = {side: obj.get(side) for side in ('input', 'output')}  # null is unknown, as one that is not there
+    for side, grid in grids.items():
+        if grid is None and (side == 'input' or complete): raise error(f'has no "{side}"')
+        if grid is not None and (problem := grid_problem(grid)): raise error(f'the {side} {problem}')
+    return Pair(*(None if grid is None else np.array(grid, np.uint8) for grid in grids.values()))
 
-# %% ../../nbs/api/1_tasks/05_task.ipynb #4394e7aa
-def task_from_json(
-    obj, # decoded JSON of one task
-    name: str, # the task's name
-    where, # file or source, for error messages
-    require_solutions: bool = True, # must test pairs have outputs?
-) -> Task:
-    "Check and read one task."
+
+def _check_name(name, where):
+    "A task's name goes into files and into the names of its augmentations."
     if not isinstance(name, str) or not name or '|||' in name:
         raise TaskError('a name is a text that is not empty and has no "|||", which marks augmentations', where, str(name))
     if not name.isprintable() or set(name) & set('/\\') or not name.strip('.'):
         raise TaskError('a name must do as the name of a file: no "/", "\\", "..", line break or control character', where, name)
+
+# %% ../../nbs/api/1_tasks/05_task.ipynb #4394e7aa
+def task_from_json(
+    obj,  # decoded JSON of one task
+    name: str,  # the task's name
+    where: str | Path,  # file or source, for error messages
+    require_solutions: bool = True,  # must test pairs have outputs?
+) -> Task:
+    "Check and read one task."
+    _check_name(name, where)
     if not isinstance(obj, dict): raise TaskError('is not an object with "train" and "test"', where, name)
     pairs = {}
     for part in ('train', 'test'):
         if not isinstance(obj.get(part), list): raise TaskError(f'has no list "{part}"', where, name)
         if not obj[part]: raise TaskError(f'has no {part} pairs', where, name)
+        complete = part == 'train' or require_solutions
         pairs[part] = tuple(
-            _read_pair(pair, part == 'train' or require_solutions,
-                       lambda problem: TaskError(problem, where, name, f'{part} pair {i}'))
+            _read_pair(pair, complete, lambda problem: TaskError(problem, where, name, f'{part} pair {i}'))
             for i, pair in enumerate(obj[part]))
     return Task(name, pairs['train'], pairs['test'])
 
 # %% ../../nbs/api/1_tasks/05_task.ipynb #e6b4d05c
+def _largest_side(task: Task) -> int:
+    "The longest side of any of a task's grids."
+    return max((max(grid.shape) for pair in task.pairs for grid in pair if grid is not None), default=0)
+
+
 def fits(
     task: Task,
-    canvas: int, # side of the canvas
+    canvas: int,  # side of the canvas
 ) -> bool:
     "Do all grids of the task fit on the canvas?"
-    return all(max(grid.shape) <= canvas for pair in task.pairs for grid in pair if grid is not None)
+    return _largest_side(task) <= canvas
+
 
 def check_fits(
-    tasks: list, # of Task
-    canvas: int, # side of the canvas
-) -> None:
+    tasks: list[Task],
+    canvas: int,  # side of the canvas
+):
     "Raise a TaskError that names every task with a grid larger than the canvas."
-    sides = {t.name: max(max(g.shape) for p in t.pairs for g in p if g is not None) for t in tasks if not fits(t, canvas)}
+    sides = {task.name: _largest_side(task) for task in tasks if not fits(task, canvas)}
     if not sides: return
     listed = ', '.join(f'{name} ({side})' for name, side in sides.items())
     raise TaskError(f'{len(sides)} of {len(tasks)} tasks have a grid larger than the canvas of {canvas} (side in brackets): {listed}; choose a larger canvas, or leave these tasks out (etrm search --skip-too-large)')
 
 # %% ../../nbs/api/1_tasks/05_task.ipynb #5f7e5a7b
-def digest(tasks: list[Task]) -> str:
-    "A short name for the content of these tasks, in their order: rows of the same digest were asked the same."
+def digest(tasks: list[Task]) -> str:  # 16 hexadecimal digits
+    "A short name for the content of these tasks, in their order."
     found = hashlib.sha256()
     for task in tasks:
-        grids = [g for pairs in (task.train, task.test) for pair in pairs for g in pair]
-        found.update(repr((task.name, len(task.train), [g is not None and g.tolist() for g in grids])).encode())
+        grids = [g is not None and g.tolist() for pair in task.pairs for g in pair]
+        found.update(repr((task.name, len(task.train), grids)).encode())
     return found.hexdigest()[:16]

@@ -38,7 +38,7 @@ def contrast(
     def loss(batch: Batch) -> Tensor | float:
         half = batch['demo_mask'].shape[1] // 2
         if not half: return 0.
-        demos = [batch[k] for k in ('demo_inputs', 'demo_labels', 'demo_mask')]
+        demos = [batch[k] for k in ('demo_inputs', 'demo_outputs', 'demo_mask')]
         two = [[d[:, part] for d in demos] for part in (slice(half), slice(half, None))]
         both = two[0][2].any(1) & two[1][2].any(1)  # one demonstration has no halves
         return weight * contrastive_loss(*(encoder(*part) for part in two), batch['group'], valid=both)
