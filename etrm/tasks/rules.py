@@ -180,7 +180,7 @@ def sample_rules(
     n: int,  # how many
     seed: int = 0,  # of the draw, a new one for each split
     canvas: int = 6,  # compositions are chosen to be informative on it
-    compositions: float = 0.25,  # their share in train and validation; `compositions` is nothing else, the others have none
+    compositions: float = 0.25,  # their share in train and validation
 ) -> list[Rule]:  # distinct; a longer list starts with the shorter one
     "Distinct rules of one split, its families equally likely."
     _check(split, RULE_SPLITS, canvas)

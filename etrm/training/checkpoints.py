@@ -202,7 +202,7 @@ def load_checkpoint(
     path: str | Path | Checkpoint,  # a folder, ours or official, or an official file
     canvas: int | None = None,  # needed for an official one: it does not say; 30 for ARC
     device: str | torch.device = 'cpu',  # of the decoder; a table stays where it was read
-) -> tuple[Decoder, PuzzleEmbedding | None, dict]:  # decoder (evaluation mode), table or None, the file's own configuration
+) -> tuple[Decoder, PuzzleEmbedding | None, dict]:  # in evaluation mode; None without a table; the configuration
     "Read a decoder and its table from an official or an own checkpoint."
     checkpoint = Checkpoint.of(path)
     checkpoint.tensors, checkpoint.config  # what cannot be read is said first

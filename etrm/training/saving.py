@@ -66,7 +66,7 @@ def save_checkpoint(
     try:
         new.mkdir(parents=True)
         _write_files(new, tensors, config, names, training_state)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors answer with their own to a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last two answer to a full disk as well
         remove(new)
         kept = 'The checkpoint of before is as it was' if path.exists() else 'Nothing was saved'
         raise CheckpointError(f'{path} could not be written ({str(error)[:200]}): make room there or choose another folder. {kept}') from error

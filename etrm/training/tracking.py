@@ -81,8 +81,8 @@ def start_wandb(
     project: str = 'etrm',
 ) -> Tracker | None:  # None where it cannot start
     "A W&B run; where it cannot start, the run goes on with its local record."
-    settings = wandb.Settings(silent=True, init_timeout=30)
-    try: run = wandb.init(project=project, name=name, config=config, dir=str(folder), mode=wandb_mode(), settings=settings)
+    options = dict(dir=str(folder), mode=wandb_mode(), settings=wandb.Settings(silent=True, init_timeout=30))
+    try: run = wandb.init(project=project, name=name, config=config, **options)
     except Exception as error:  # see Tracker.ask
         warnings.warn(f'W&B did not start ({error}); the run is recorded in {folder} only')
         return None

@@ -77,8 +77,8 @@ def compare_decoders(
     first: dict[str, Tensor],  # decoder tensors by name, as from `read_tensors(path)['decoder']`
     second: dict[str, Tensor],
     tolerance: float = 0.,  # largest absolute difference that still counts as equal
-) -> list[dict]:  # a tensor each: name, verdict ('equal', 'differs', 'missing', 'extra', 'shape', 'not finite'), difference
-    "Compare two decoders tensor by tensor."
+) -> list[dict]:  # 'name', 'verdict' and 'difference' of each tensor
+    "Compare two decoders tensor by tensor; a verdict is one of `_difference`."
     names = sorted(first.keys() | second.keys())
     found = [(name, *_difference(first.get(name), second.get(name), tolerance)) for name in names]
     return [dict(name=name, verdict=verdict, difference=difference) for name, verdict, difference in found]
@@ -111,7 +111,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items()):
         raise CheckpointError(f'{path} is not a dictionary of tensors')
     for name, t in found.items():
-        if t.layout != torch.strided or t.is_quantized or t.is_complex() or t.device.type != 'cpu' or t.numel() > path.stat().st_size:
+        plain = t.layout == torch.strided and t.device.type == 'cpu' and not (t.is_quantized or t.is_complex())
+        if not plain or t.numel() > path.stat().st_size:
             raise CheckpointError(f'{path}: {name} is not a plain tensor whose values the file holds')
     return found
 
@@ -164,7 +165,7 @@ def read_weights(
     file: Path,  # .safetensors is ours; else a pickle of the official program
     where: str | Path,  # the checkpoint, for errors about what is in the file
     digest: Callable[[Path], str] = sha256,
-) -> dict[str, dict[str, Tensor]]:  # 'decoder', 'table' and 'encoder': tensors by name, float32; a table as it is in the file
-    "All tensors of a file of weights, by part."
+) -> dict[str, dict[str, Tensor]]:  # 'decoder', 'table' and 'encoder': tensors by name
+    "All tensors of a file of weights, by part: float32, but a table as it is in the file."
     ours = file.suffix == '.safetensors'
     return by_part(_read_safetensors(file, digest) if ours else our_names(read_pickle(file), file), where)
