@@ -20,7 +20,7 @@ from ..model.contexts import PuzzleEmbedding
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.dataset import read_dataset, read_identifiers
 from ..model.decoder import Decoder, DecoderConfig
-from ..evaluation.verdict import onehot_rules, rule_share
+from ..evaluation.rule_share import onehot_rules, rule_share
 from .evaluating import score
 from .loading import saved_config
 from ..data.queries import Queries
