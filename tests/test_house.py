@@ -19,8 +19,11 @@ def imported(file: Path) -> set[tuple[str, str]]:  # of (folder, module)
     "The modules of this package that a module imports."
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if not isinstance(node, ast.ImportFrom) or not node.level: continue
+        if not isinstance(node, ast.ImportFrom): continue
         parts = [file.parent.name] * (node.level == 1) + (node.module.split('.') if node.module else [])
+        if not node.level:
+            if parts[0] != 'etrm': continue
+            parts = parts[1:]
         if len(parts) == 2: found.add(tuple(parts))
         elif parts: found |= {(parts[0], a.name) for a in node.names}
     return found

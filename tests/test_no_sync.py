@@ -13,6 +13,7 @@ from etrm.model.decoder import Decoder, DecoderConfig
 from etrm.model.encoders import DemoEncoder, EncoderConfig
 from etrm.experiments.encoder_training import search_refinement
 from etrm.experiments.regression import EmbeddingLosses
+from etrm.search.search import SearchConfig
 from etrm.training.extras import contrast, Extras
 from etrm.training.optim import OptimConfig
 from etrm.tasks.task import Pair, Task
@@ -55,7 +56,7 @@ def make_trainer(kind: str, device: str) -> Trainer:
     decoder, source = Decoder(SMALL).to(device), source.to(device)
     extras = {'encoder near embeddings': lambda: Extras(context_losses=(lambda context, batch: sum(losses(context, batch['puzzle_identifiers'] - 1).values()),)),
               'encoder with contrast': lambda: Extras(batch_losses=(contrast(source, 1.),)),
-              'encoder that is searched': lambda: Extras(refine=search_refinement(decoder, 2, .05, 'normalised'))}
+              'encoder that is searched': lambda: Extras(refine=search_refinement(decoder, SearchConfig(steps=2, rule='normalised')))}
     stream = Stream(data, 16, num_demos=0 if 'table' in kind else 4, translate=True)
     return Trainer(decoder, source, stream, c, extras.get(kind, Extras)())
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['benching', 'Seconds', 'WHICH_PARTS', 'Compiled', 'WHICH_DTYPE', 'Dtype', 'Shapes', 'DATA', 'WithData', 'CROP', 'Crop',
-           'bench', 'parts_of', 'shapes_of']
+           'parts_of', 'shapes_of', 'bench']
 
 # %% ../../nbs/api/8_apps/16_bench_commands.ipynb #5882ad94
 import json
@@ -36,6 +36,25 @@ CROP = ('Then a training step of the official shape on 8 samples of ARC-AGI-1, o
 Crop = Annotated[int | None, typer.Option(min=1, max=30, help=CROP)]
 
 
+def parts_of(compiled: str) -> tuple[str, ...]:
+    "What of the decoder is compiled, nothing first."
+    parts = list(dict.fromkeys(['no', *names_of(compiled, '--compile')]))
+    unknown = [part for part in parts if part not in COMPILED]
+    if unknown: raise ValueError(f'--compile has {unknown[0]!r}: choose {", ".join(COMPILED)}')
+    return tuple(parts)
+
+
+def shapes_of(
+    text: str | None,  # None: all
+    there: dict,  # by name
+) -> dict:  # of these
+    "The shapes that are asked for; their names have commas."
+    asked = [name.strip() for name in text.split(';')] if text else list(there)
+    unknown = [name for name in asked if name not in there]
+    if unknown: raise ValueError(f'--shapes has {unknown[0]!r}: choose {"; ".join(there)}')
+    return {name: there[name] for name in asked}
+
+# %% ../../nbs/api/8_apps/16_bench_commands.ipynb #b66fef5a
 @benching.add
 def bench(
     seconds: Seconds = 3.,
@@ -60,22 +79,3 @@ def bench(
     print(benchmark.format_rows(found['steps'], place))
     for name, value in found.get('data', {}).items(): print(f'{name}: {value:,.0f}')
     for name, value in found.get('crop', {}).items(): print(f'crop={crop}, {name}: {value:.3g}')
-
-
-def parts_of(compiled: str) -> tuple[str, ...]:
-    "What of the decoder is compiled, nothing first."
-    parts = list(dict.fromkeys(['no', *names_of(compiled, '--compile')]))
-    unknown = [part for part in parts if part not in COMPILED]
-    if unknown: raise ValueError(f'--compile has {unknown[0]!r}: choose {", ".join(COMPILED)}')
-    return tuple(parts)
-
-
-def shapes_of(
-    text: str | None,  # None: all
-    there: dict,  # by name
-) -> dict:  # of these
-    "The shapes that are asked for; their names have commas."
-    asked = [name.strip() for name in text.split(';')] if text else list(there)
-    unknown = [name for name in asked if name not in there]
-    if unknown: raise ValueError(f'--shapes has {unknown[0]!r}: choose {"; ".join(there)}')
-    return {name: there[name] for name in asked}

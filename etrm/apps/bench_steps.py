@@ -105,7 +105,7 @@ def training_step(
         context.grad = None
     return step
 
-
+# %% ../../nbs/api/8_apps/05_bench_steps.ipynb #705db732
 def plain_training_step(
     setup: Setup,
     frozen: bool = False,   # no weight is moved; their gradients are computed all the same
@@ -159,7 +159,7 @@ def random_tasks(
     both = [[Pair(a, b) for a, b in task] for task in grids]
     return [Task(f'task{i}', tuple(p[:pairs]), tuple(p[pairs:])) for i, p in enumerate(both)]
 
-
+# %% ../../nbs/api/8_apps/05_bench_steps.ipynb #6fa752bd
 def random_source(
     config: DecoderConfig,
     rows: int | None,  # of a table; None: an encoder on paired cells
@@ -170,7 +170,7 @@ def random_source(
     T, D = config.puzzle_emb_len, config.hidden_size
     return PuzzleEmbedding(rows, T * D, T, D, noise=.1, init_std=.1)
 
-
+# %% ../../nbs/api/8_apps/05_bench_steps.ipynb #00731407
 def update(
     setup: Setup,
     frozen: bool = False,  # an encoder and four demonstrations, through the frozen decoder; else table and decoder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluating', 'ToEvaluate', 'WHICH_MODEL', 'ModelType', 'WHICH_CONFIG', 'OtherConfig', 'MaxGroups', 'WHICH_DATA',
            'Dataset', 'ResultsFolder', 'SubmissionFile', 'WithSolutions', 'SOLUTIONS', 'SolutionsFile', 'RunFolder',
-           'EncoderRun', 'evaluate', 'evaluated', 'groups_of', 'in_folder', 'score', 'scenario', 'compare_contexts']
+           'EncoderRun', 'groups_of', 'in_folder', 'evaluated', 'evaluate', 'score', 'scenario', 'compare_contexts']
 
 # %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #edcb14f5
 import json
@@ -47,6 +47,39 @@ Dataset = Annotated[Path | None, typer.Option(help=WHICH_DATA)]
 ResultsFolder = Annotated[Path | None, typer.Option(help='Folder for results.json and submission.json.')]
 
 
+def groups_of(text: str | None) -> int | None:  # 0 is all; None: as the configuration says
+    "How many tasks of each set are asked for."
+    if text is None: return None
+    return 0 if text == 'all' else number_of(text, '--max-eval-groups')
+
+
+def in_folder(
+    out: Path | None,
+    name: str,
+) -> Path | None:  # None where nothing is to be written
+    "A file of the folder of results, which the first process alone writes."
+    return out / name if out is not None and is_rank_zero() else None
+
+# %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #f2a17ef6
+def evaluated(
+    checkpoint: Checkpoint,
+    kind: str,  # 'trm' or 'etrm'
+    config: ExperimentConfig | None,
+    max_eval_groups: int | None,  # None: as the configuration says
+    device: torch.device,
+) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results; votes by set, the one that decides first
+    "Results on the tasks that a configuration names."
+    if config is None: raise ValueError(f'{checkpoint} does not say which puzzles its table has rows for: give --data with the dataset it was trained on, or --config-name')
+    if max_eval_groups is not None: config = config.with_(tasks=dict(max_eval_groups=max_eval_groups))
+    if kind == 'trm':
+        decoder, table, _ = load_checkpoint(checkpoint, config.decoder.canvas, device)
+        rows, votes = tables.evaluate_table(config, decoder, table)
+    else:
+        decoder, encoder, _ = load_encoder(checkpoint, device)
+        rows, votes = methods.evaluate(config, decoder, encoder, None, make_task_sets(config)[1])
+    return rows, dict(sorted(votes.items(), key=lambda item: item[0] != config.evaluation.decides))
+
+# %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #d84c0702
 @evaluating.add
 def evaluate(
     checkpoint: ToEvaluate,
@@ -73,39 +106,6 @@ def evaluate(
         print(json.dumps(rows) if as_json else methods.format_results(rows))
         write_results(json.dumps(rows, indent=1))
         write_submission(json.dumps(submission_of(next(iter(votes.values())))))
-
-
-def evaluated(
-    checkpoint: Checkpoint,
-    kind: str,  # 'trm' or 'etrm'
-    config: ExperimentConfig | None,
-    max_eval_groups: int | None,  # None: as the configuration says
-    device: torch.device,
-) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results; votes by set, the one that decides first
-    "Results on the tasks that a configuration names."
-    if config is None: raise ValueError(f'{checkpoint} does not say which puzzles its table has rows for: give --data with the dataset it was trained on, or --config-name')
-    if max_eval_groups is not None: config = config.with_(tasks=dict(max_eval_groups=max_eval_groups))
-    if kind == 'trm':
-        decoder, table, _ = load_checkpoint(checkpoint, config.decoder.canvas, device)
-        rows, votes = tables.evaluate_table(config, decoder, table)
-    else:
-        decoder, encoder, _ = load_encoder(checkpoint, device)
-        rows, votes = methods.evaluate(config, decoder, encoder, None, make_task_sets(config)[1])
-    return rows, dict(sorted(votes.items(), key=lambda item: item[0] != config.evaluation.decides))
-
-
-def groups_of(text: str | None) -> int | None:  # 0 is all; None: as the configuration says
-    "How many tasks of each set are asked for."
-    if text is None: return None
-    return 0 if text == 'all' else number_of(text, '--max-eval-groups')
-
-
-def in_folder(
-    out: Path | None,
-    name: str,
-) -> Path | None:  # None where nothing is to be written
-    "A file of the folder of results, which the first process alone writes."
-    return out / name if out is not None and is_rank_zero() else None
 
 # %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #84388199
 SubmissionFile = Annotated[Path, typer.Argument(help='A submission.json.')]

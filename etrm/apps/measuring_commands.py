@@ -6,8 +6,8 @@
 __all__ = ['measuring', 'Groups', 'Sets', 'ANY_SETS', 'AnySets', 'EncoderRun', 'VALIDATION', 'Steps', 'STARTS', 'StartNames',
            'ALL_VOTE', 'VotingViews', 'EncoderRuns', 'StepsOfSearch', 'BEST_VIEWS', 'BestViews', 'FigureFile',
            'EncoderThrough', 'SECOND', 'SecondContexts', 'FIRST_ROWS', 'FirstRows', 'COMPILE', 'Compiled', 'WhichTasks',
-           'DecoderWithTable', 'TableFolder', 'Pairs', 'FOUND_RATE', 'marks_of', 'chosen_sets', 'search_curves',
-           'curves_table', 'side_by_side', 'by_name', 'search_chains', 'chains_table', 'oracle', 'oracle_table',
+           'DecoderWithTable', 'TableFolder', 'Pairs', 'FOUND_RATE', 'marks_of', 'chosen_sets', 'curves_table',
+           'search_curves', 'by_name', 'side_by_side', 'chains_table', 'search_chains', 'oracle', 'oracle_table',
            'searched_table']
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #6d18e7c4
@@ -82,6 +82,20 @@ ALL_VOTE = ('Views of each task, its own and augmented ones: each is searched by
 VotingViews = Annotated[int, typer.Option(min=1, max=MOST_VIEWS, help=ALL_VOTE)]
 
 
+def curves_table(
+    rows: list[dict],
+    views: int,
+) -> str:  # Markdown
+    "A row for each set, start and number of steps; what was not voted stays empty."
+    def voted(row, key):
+        hits = [hit for hit in row.get(key, []) if hit is not None]
+        return f'{sum(map(bool, hits))} of {len(hits)}' if key in row else ''
+    measured = lambda r: (Rate.of_row(r), f"{r['accuracy']:.1%}", voted(r, 'voted'), voted(r, 'new_voted'))
+    cells = [[r['set'], r['start'], r['steps'], *measured(r), r['seconds']] for r in rows]
+    head = ['set', 'start', 'steps', 'exact (95% interval)', 'cells', f'of {views} views, voted', 'new views only']
+    return markdown_table([*head, 'seconds'], cells)
+
+# %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #8bf2ade0
 @measuring.add
 def search_curves(
     checkpoint: EncoderRun,
@@ -113,20 +127,6 @@ def search_curves(
         print(json.dumps(rows) if as_json else curves_table(rows, views))
         write(json.dumps(rows))
 
-
-def curves_table(
-    rows: list[dict],
-    views: int,
-) -> str:  # Markdown
-    "A row for each set, start and number of steps; what was not voted stays empty."
-    def voted(row, key):
-        hits = [hit for hit in row.get(key, []) if hit is not None]
-        return f'{sum(map(bool, hits))} of {len(hits)}' if key in row else ''
-    measured = lambda r: (Rate.of_row(r), f"{r['accuracy']:.1%}", voted(r, 'voted'), voted(r, 'new_voted'))
-    cells = [[r['set'], r['start'], r['steps'], *measured(r), r['seconds']] for r in rows]
-    head = ['set', 'start', 'steps', 'exact (95% interval)', 'cells', f'of {views} views, voted', 'new views only']
-    return markdown_table([*head, 'seconds'], cells)
-
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #2712887c
 EncoderRuns = Annotated[list[Path], typer.Argument(help='Folders of encoder runs, or their checkpoints.')]
 StepsOfSearch = Annotated[int, typer.Option(min=0, help='Gradient steps of search.')]
@@ -135,6 +135,16 @@ BestViews = Annotated[int, typer.Option(min=1, max=MOST_VIEWS, help=BEST_VIEWS)]
 FigureFile = Annotated[Path | None, typer.Option(help='Write the figure here, as a PNG.')]
 
 
+def by_name(paths: list[Path]) -> dict[str, Path]:  # checkpoints
+    "Runs by the names of their folders."
+    found = {}
+    for path in (p.resolve() for p in paths):
+        name = path.parent.name if path.name == 'checkpoint' else path.name
+        found[name] = path / 'checkpoint' if (path / 'checkpoint').exists() else path
+    if len(found) == len(paths): return found
+    raise ValueError(f'{len(paths)} runs have {len(found)} names ({", ".join(found)}): they are shown by the names of their folders; rename one')
+
+# %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #85d39d8d
 @measuring.add
 def side_by_side(
     checkpoints: EncoderRuns,
@@ -153,16 +163,6 @@ def side_by_side(
         print(json.dumps(found) if as_json else side_by_side_table(found))
         if out is not None: write(png_bytes(plot_search(found)))
 
-
-def by_name(paths: list[Path]) -> dict[str, Path]:  # checkpoints
-    "Runs by the names of their folders."
-    found = {}
-    for path in (p.resolve() for p in paths):
-        name = path.parent.name if path.name == 'checkpoint' else path.name
-        found[name] = path / 'checkpoint' if (path / 'checkpoint').exists() else path
-    if len(found) == len(paths): return found
-    raise ValueError(f'{len(paths)} runs have {len(found)} names ({", ".join(found)}): they are shown by the names of their folders; rename one')
-
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #93e61755
 EncoderThrough = Annotated[Path, typer.Argument(help='Checkpoint of an encoder run, trained through the decoder.')]
 SECOND = 'Where second contexts come from: encoder, or mean, the mean row, as a control.'
@@ -173,6 +173,12 @@ COMPILE = 'Through torch.compile: a minute more at the start, and a C++ compiler
 Compiled = Annotated[bool, typer.Option('--compile', help=COMPILE)]
 
 
+def chains_table(rows: list[dict]) -> str:  # Markdown
+    "What was solved without gradient steps, and with them."
+    cells = [[r['set'], r['start'], r['steps'], Rate.of_row(r)] for r in rows]
+    return markdown_table(['set', 'second contexts', 'steps', 'solved (95% interval)'], cells)
+
+# %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #08dd020f
 @measuring.add
 def search_chains(
     checkpoint: EncoderThrough,
@@ -206,12 +212,6 @@ def search_chains(
             found += [row | about for row in chain_answers.chain_rows(frozen, second, library, asked, plan)]
         print(json.dumps(found) if as_json else chains_table(found))
         write(json.dumps(found))
-
-
-def chains_table(rows: list[dict]) -> str:  # Markdown
-    "What was solved without gradient steps, and with them."
-    cells = [[r['set'], r['start'], r['steps'], Rate.of_row(r)] for r in rows]
-    return markdown_table(['set', 'second contexts', 'steps', 'solved (95% interval)'], cells)
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #6cd7a784
 WhichTasks = Annotated[str, typer.Argument(help='Name or YAML file: which tasks.')]

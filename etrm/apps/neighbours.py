@@ -60,7 +60,7 @@ def updating(
         try: yield updates
         finally: process.stdin.close()
 
-
+# %% ../../nbs/api/8_apps/08_neighbours.ipynb #97dc0641
 @contextmanager
 def busy(
     apart: bool = False,  # in a session of its own: Linux shares cores among sessions first

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['searching', 'MOST_VIEWS', 'RATE', 'SearchRate', 'RULE', 'SearchRule', 'STAGES', 'Stages', 'START', 'Start', 'STEPS',
            'StepsOrNone', 'VIEWS', 'Views', 'CHAINS', 'Library', 'SKIP', 'SkipTooLarge', 'SubmissionFile', 'stages_of',
-           'asked_search', 'search', 'start_of', 'that_fit', 'search_table']
+           'asked_search', 'start_of', 'search', 'that_fit', 'search_table']
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #c9679830
 import json
@@ -77,7 +77,21 @@ SKIP = ("Leave out tasks that the decoder's canvas has no room for; "
 SkipTooLarge = Annotated[bool, typer.Option('--skip-too-large', help=SKIP)]
 SubmissionFile = Annotated[Path | None, typer.Option(help='Write submission.json here.')]
 
+# %% ../../nbs/api/8_apps/13_search_commands.ipynb #cb608172
+def start_of(
+    checkpoint: Checkpoint,
+    lr: float | None,  # of the search; None: an encoder's own, or of a table its rows'
+    device: torch.device,
+) -> tuple[Decoder, DemoEncoder | Tensor, SearchConfig]:  # second: the encoder, or the mean of the table's rows (T, D)
+    "Where a search starts, and how it goes."
+    if checkpoint.tensors['encoder']:
+        decoder, encoder, config = load_encoder(checkpoint, device)
+        return decoder, encoder, asked_search(config.search, lr=lr)
+    decoder, table, _ = load_checkpoint(checkpoint, device=device)
+    if table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
+    return decoder, table.contexts().mean(0), SearchConfig(lr=search_rate(table) if lr is None else lr)
 
+# %% ../../nbs/api/8_apps/13_search_commands.ipynb #3c837008
 @searching.add
 def search(
     tasks: TasksPlace,
@@ -113,20 +127,6 @@ def search(
             found = chain_answers.chain_tasks(frozen, encoder, table.contexts(), asked, plan)
         print(json.dumps(found['summary']) if as_json else search_table(found['summary']))
         write(json.dumps(no_answers(every) | found['submission']))  # those left out are not answered
-
-
-def start_of(
-    checkpoint: Checkpoint,
-    lr: float | None,  # of the search; None: an encoder's own, or of a table its rows'
-    device: torch.device,
-) -> tuple[Decoder, DemoEncoder | Tensor, SearchConfig]:  # second: the encoder, or the mean of the table's rows (T, D)
-    "Where a search starts, and how it goes."
-    if checkpoint.tensors['encoder']:
-        decoder, encoder, config = load_encoder(checkpoint, device)
-        return decoder, encoder, asked_search(config.search, lr=lr)
-    decoder, table, _ = load_checkpoint(checkpoint, device=device)
-    if table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
-    return decoder, table.contexts().mean(0), SearchConfig(lr=search_rate(table) if lr is None else lr)
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #288dc731
 def that_fit(
