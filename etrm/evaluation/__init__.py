@@ -6,4 +6,6 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/5_evaluation/00_index.ipynb #7f9dc2f8
-MODULES = ('votes', 'intervals', 'scores', 'submissions', 'answers', 'checks', 'verdict', 'rule_share', 'plots')  # in reading order
+MODULES = (  # in reading order
+    'votes', 'intervals', 'scores', 'submissions', 'answers', 'checks', 'verdict', 'rule_share', 'plots',
+)
