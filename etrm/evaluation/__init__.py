@@ -5,7 +5,5 @@
 # %% auto #0
 __all__ = ['MODULES']
 
-# %% ../../nbs/api/5_evaluation/00_index.ipynb #7f9dc2f8
-MODULES = (  # in reading order
-    'votes', 'intervals', 'scores', 'submissions', 'answers', 'checks', 'verdict', 'rule_share', 'plots',
-)
+# %% ../../nbs/api/5_evaluation/00_index.ipynb #f3806899
+MODULES = ('votes', 'intervals', 'scores', 'submissions', 'answers', 'checks', 'verdict', 'rule_share', 'plots')  # in reading order

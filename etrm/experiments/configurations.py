@@ -15,11 +15,11 @@ from typing import Any, Iterator, Literal, get_args
 
 from pydantic import Field, model_validator, ValidationError
 
-from ..basics.plain_yaml import plain_yaml, read_plain_yaml
+from ..basics.plain_yaml import read_plain_yaml
 from ..model.decoder import DecoderConfig
 from ..model.encoders import EncoderConfig
 from .sections import EncoderTrainConfig, EvaluationConfig, PretrainConfig, RegressionConfig, TableConfig
-from ..basics.settings import deep_update, Settings
+from ..basics.settings import deep_update, Settings, read_override
 from ..search.search import SearchConfig
 from ..tasks.splits import TasksConfig
 
@@ -174,12 +174,6 @@ def load_config(
 ) -> ExperimentConfig:
     "Read a configuration, with its base and overrides."
     found = read_yaml(name)
-    for override in overrides:
-        key, equals, value = override.partition('=')
-        if not equals or key.count('.') > 5:
-            raise ValueError(f'{reprlib.repr(override)} is not an override: write key=value, as train.steps=100')
-        nested = plain_yaml(value, f'the value of {key}')
-        for part in reversed(key.split('.')): nested = {part: nested}
-        found = deep_update(found, nested)
+    for override in overrides: found = deep_update(found, read_override(override))
     try: return ExperimentConfig.model_validate(found)
     except ValidationError as error: raise ValueError(explain(error, name)) from error

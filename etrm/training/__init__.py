@@ -6,8 +6,4 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/4_training/00_index.ipynb #c494aeb7
-MODULES = (  # in reading order
-    'optim', 'records', 'tracking', 'checksums', 'weights', 'saving', 'sizes', 'row_names',
-    'checkpoints', 'description', 'official', 'gradients', 'statistics', 'stopping', 'faults',
-    'pace', 'clock', 'loop', 'extras', 'trainer',
-)
+MODULES = ('optim', 'records', 'tracking', 'checksums', 'weights', 'saving', 'sizes', 'row_names', 'checkpoints', 'description', 'official', 'gradients', 'statistics', 'stopping', 'faults', 'pace', 'clock', 'loop', 'extras', 'trainer')  # in reading order
