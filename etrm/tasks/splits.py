@@ -127,7 +127,8 @@ def training_tasks(
         kept = pairs[rule][:-(num_demos + 1)][:c.pairs_per_task]
         return Task(rule, tuple(kept[:-1]), tuple(kept[-1:]))
     rules = rules[:c.max_train_groups or None]
-    again = [rule_tasks(rule, pairs[rule], num_demos)[0] for rule in rules[:c.max_eval_groups or None]]
+    asked = {rule: rule_tasks(rule, pairs[rule], num_demos)[0] for rule in rules[:c.max_eval_groups or None]}
+    again = [Task(rule, task.train, task.test) for rule, task in asked.items()]  # a table knows it by its rule's name
     return [of(rule) for rule in rules], again
 
 
