@@ -19,6 +19,7 @@ import typer
 from .commands import WHICH_TASKS, AsJson, Commands, DecoderPath, Device, LAB_DECODER, announced, number_of
 from ..basics.distributed import is_rank_zero
 from ..basics.files import new_file
+from ..basics.provenance import configured
 from ..experiments.task_sets import make_task_sets
 from ..evaluation.submissions import score_submission, submission as submission_of
 from ..evaluation.votes import Votes
@@ -71,6 +72,7 @@ def evaluated(
     "Results on the tasks that a configuration names."
     if config is None: raise ValueError(f'{checkpoint} does not say which puzzles its table has rows for: give --data with the dataset it was trained on, or --config-name')
     if max_eval_groups is not None: config = config.with_(tasks=dict(max_eval_groups=max_eval_groups))
+    configured(config)
     if kind == 'trm':
         decoder, table, _ = load_checkpoint(checkpoint, config.decoder.canvas, device)
         rows, votes = tables.evaluate_table(config, decoder, table)

@@ -18,6 +18,7 @@ import typer
 from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume, RunsFolder, WithWandb, announced, config_through, names_of, number_of
 from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import markdown_table, new_file
+from ..basics.provenance import asks, configured
 from ..experiments.task_sets import make_task_sets
 from ..evaluation.intervals import Rate
 from ..experiments import experiment, pretraining, study_runs
@@ -129,6 +130,8 @@ def study(
     with new_file(out) as write:
         folder, changes = runs / f'study-{found.name}', tuple(overrides or ())
         rows = study_runs.run_study(found, decoder, folder, some, few, changes, place)
+        configured(found)
+        for row in rows: asks(row['set'], row['n'])  # of earlier calls as well
         print(json.dumps(rows) if as_json else study_table(rows))
         write(json.dumps(rows))
 
