@@ -116,8 +116,9 @@ def test_folders_that_a_command_makes(made, tmp_path):
 
 def test_a_command_that_fails_leaves_no_record(made, tmp_path):
     line = CURVES.replace('validation', 'nowhere').format(encoder=made / 'encoder/checkpoint', decoder=made / 'decoder/checkpoint', out=tmp_path / 'rows.json')
+    (tmp_path / 'rows.json').write_text('of before')
     assert CliRunner().invoke(app, line.split()).exit_code == 2
-    assert not list(tmp_path.iterdir())
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('rows.json', 'of before')]
 
 
 def test_a_resumed_run_has_two_entries(tmp_path):
