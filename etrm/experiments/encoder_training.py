@@ -24,7 +24,7 @@ from .task_sets import validation_tasks
 from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
 from ..model.encoders import DemoEncoder
-from ..search.search import SearchConfig, descent, frozen
+from ..search.search import SearchConfig, descent, frozen, with_rate
 from ..tasks.grids import PAD
 from ..tasks.task import Task
 from ..training.row_names import check_names
@@ -88,7 +88,7 @@ def extras_of(
     c = config.train
     of_batch = (contrast(encoder, c.contrast),) if c.contrast else ()
     of_context = (near_embeddings(config, table, where_is(decoder)),) if c.rows else ()
-    searches = config.search.with_(steps=c.search_steps)
+    searches = with_rate(config.search, encoder).with_(steps=c.search_steps)
     return Extras(of_batch, of_context, search_refinement(decoder, searches) if c.search_steps else None)
 
 # %% ../../nbs/api/7_experiments/09_encoder_training.ipynb #37e404d8
