@@ -203,7 +203,7 @@ def search_chains(
     frozen, encoder, config = load_encoder(checkpoint, place)
     table = table_for(frozen, source)
     library, second = table.contexts()[:rows], encoder if start == 'encoder' else table.contexts().mean(0)
-    plan, new = ChainConfig(lr=search_rate(table) if lr is None else lr, stages=planned), new_to(config, source)
+    plan, new = ChainConfig(lr=search_rate(table, lr), stages=planned), new_to(config, source)
     config, found = config.with_(tasks=dict(max_eval_groups=groups)), []
     with new_file(out) as write:
         if compiled: frozen.compile_parts('blocks')
@@ -272,7 +272,7 @@ def searched_table(
     with new_folder(out) as fresh:
         frozen, table, saved = load_checkpoint(source, device=place)
         if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
-        plan = SearchConfig(steps=steps, lr=search_rate(table) if lr is None else lr)
+        plan = SearchConfig(steps=steps, lr=search_rate(table, lr))
         tasks = make_task_sets(configuration_for(source))[0]
         found, right = steering.searched_table(frozen, table, tasks, pairs, plan)
         whole = (right == pairs).sum()

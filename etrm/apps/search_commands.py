@@ -89,7 +89,7 @@ def start_of(
         return decoder, encoder, asked_search(config.search, lr=lr)
     decoder, table, _ = load_checkpoint(checkpoint, device=device)
     if table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
-    return decoder, table.contexts().mean(0), SearchConfig(lr=search_rate(table) if lr is None else lr)
+    return decoder, table.contexts().mean(0), SearchConfig(lr=search_rate(table, lr))
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #3c837008
 @searching.add
@@ -122,8 +122,7 @@ def search(
         else:
             frozen, encoder, _ = load_encoder(source, place)
             table = table_for(frozen, library)
-            lr = search_rate(table) if lr is None else lr
-            plan = ChainConfig(lr=lr, rule=rule or 'normalised', stages=planned)
+            plan = ChainConfig(lr=search_rate(table, lr), rule=rule or 'normalised', stages=planned)
             found = chain_answers.chain_tasks(frozen, encoder, table.contexts(), asked, plan)
         print(json.dumps(found['summary']) if as_json else search_table(found['summary']))
         write(json.dumps(no_answers(every) | found['submission']))  # those left out are not answered

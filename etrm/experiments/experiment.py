@@ -25,7 +25,7 @@ from .configurations import ExperimentConfig
 from .encoder_training import train_encoder
 from .evaluating import evaluate
 from .loading import check_embeddings, known_puzzles, new_to
-from .runs import open_run, Run, run_folder
+from .runs import new_or_resumed, open_run, Run
 from .run_settings import settings_of
 from .task_sets import make_task_sets
 from .verdicts import closing, verdict_file, verdicts_of
@@ -33,7 +33,6 @@ from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
 from ..tasks.task import Task
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_tensors
-from ..training.records import new_run_folder
 from ..training.stopping import Stopped
 from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
@@ -148,7 +147,7 @@ def run(
     known = known_puzzles(trained_as, train, config) if table is not None else None
     if known is not None: check_names(table.names, known, checkpoint)
     settings = settings_of('run', config, dict(decoder=checkpoint))
-    folder = run_folder(resume) if resume else from_rank_zero(lambda: new_run_folder(runs, config.name))
+    folder = new_or_resumed(resume, runs, config.name)
     with open_run(folder, settings, wandb_on) as record:
         say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
         say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))

@@ -46,8 +46,10 @@ class SearchConfig(Settings):
 # %% ../../nbs/api/6_search/01_search.ipynb #37e238df
 def search_rate(
     table: PuzzleEmbedding,
+    asked: float | None = None,  # the rate that is named, if one is
 ) -> float:
-    "A rate for searches among this table's contexts: 0.14 of its rows' standard deviation."
+    "The rate asked for, or one for this table's contexts: 0.14 of its rows' standard deviation."
+    if asked is not None: return asked
     spread = table.contexts().std(0)
     if (spread > 0).any(): return .14 * spread[spread > 0].mean().item()  # a row may be shorter than T * D
     raise ValueError(f'the rows of this table ({len(table.weights) - 1}) do not differ, so they say nothing about the rate of a search: name one (--lr)')
