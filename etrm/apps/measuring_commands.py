@@ -17,25 +17,25 @@ from typing import Annotated
 
 import typer
 
+from ..basics.files import markdown_table, new_file, new_folder
+from ..tasks.task import Task
+from ..training.saving import save_checkpoint
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..evaluation.intervals import Rate
+from ..evaluation.plots import plot_search, png_bytes
+from ..search.search import SearchConfig, search_rate
+from ..search.asked import asked_sets
+from ..search.starts import Starts
+from ..search import chain_answers, curves, oracle as steering
+from ..search.chains import ChainConfig
+from ..experiments.configurations import ExperimentConfig
+from ..experiments.task_sets import make_task_sets, validation_tasks
+from ..experiments.loading import load_encoder, new_to, table_for
+from ..experiments.tables import configuration_for
+from ..experiments.side_by_side import side_by_side as compare_runs, side_by_side_table
 from .commands import LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile
 from .commands import announced, config_through, names_of
 from .search_commands import MOST_VIEWS, STAGES, SearchRate, SearchRule, Stages, asked_search, stages_of
-from ..basics.files import markdown_table, new_file, new_folder
-from ..evaluation.intervals import Rate
-from ..evaluation.plots import plot_search, png_bytes
-from ..experiments.configurations import ExperimentConfig
-from ..experiments.loading import load_encoder, new_to, table_for
-from ..experiments.side_by_side import side_by_side as compare_runs, side_by_side_table
-from ..experiments.tables import configuration_for
-from ..experiments.task_sets import make_task_sets, validation_tasks
-from ..search import chain_answers, curves, oracle as steering
-from ..search.asked import asked_sets
-from ..search.chains import ChainConfig
-from ..search.search import SearchConfig, search_rate
-from ..search.starts import Starts
-from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, load_checkpoint
-from ..training.saving import save_checkpoint
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #a6bebacd
 measuring = Commands()

@@ -17,19 +17,19 @@ import torch
 import typer
 from torch import Tensor
 
-from .commands import LAB_DECODER, AsJson, Commands, Device, TasksPlace, announced, sizes_of
 from ..basics.files import markdown_table, new_file
-from ..evaluation.submissions import no_answers
-from ..experiments.loading import load_encoder, table_for
-from ..model.decoder import Decoder
-from ..model.encoders import DemoEncoder
-from ..search import chain_answers, own_tasks
-from ..search.chains import ChainConfig
-from ..search.search import SearchConfig, search_rate
 from ..tasks.task import Task, check_fits, fits
 from ..tasks.reading import load_tasks
-from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..model.decoder import Decoder
+from ..model.encoders import DemoEncoder
 from ..training.checksums import CheckpointError
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..evaluation.submissions import no_answers
+from ..search.search import SearchConfig, search_rate
+from ..search import chain_answers, own_tasks
+from ..search.chains import ChainConfig
+from ..experiments.loading import load_encoder, table_for
+from .commands import LAB_DECODER, AsJson, Commands, Device, TasksPlace, announced, sizes_of
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #ab74c0d7
 searching = Commands()

@@ -15,21 +15,21 @@ from typing import Annotated
 
 import typer
 
-from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume, RunsFolder, WithWandb, announced, config_through, names_of, number_of
-from ..basics.distributed import is_rank_zero
 from ..basics.files import markdown_table, new_file
-from ..experiments.task_sets import make_task_sets
-from ..evaluation.intervals import Rate
-from ..experiments import experiment, pretraining, study_runs
-from ..experiments.comparisons import summarise
-from ..experiments.studies import load_study
-from ..experiments.configurations import load_config
-from ..experiments.encoder_training import train_encoder
-from ..experiments.loading import check_embeddings
-from ..experiments.runs import new_or_resumed, open_run
-from ..experiments.run_settings import settings_of
+from ..basics.distributed import is_rank_zero
 from ..tasks.reading import read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..evaluation.intervals import Rate
+from ..experiments.configurations import load_config
+from ..experiments.task_sets import make_task_sets
+from ..experiments.run_settings import settings_of
+from ..experiments.runs import new_or_resumed, open_run
+from ..experiments.loading import check_embeddings
+from ..experiments import experiment, pretraining, study_runs
+from ..experiments.encoder_training import train_encoder
+from ..experiments.studies import load_study
+from ..experiments.comparisons import summarise
+from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume, RunsFolder, WithWandb, announced, config_through, names_of, number_of
 
 # %% ../../nbs/api/8_apps/11_training_commands.ipynb #9e9d7303
 training = Commands()

@@ -17,20 +17,20 @@ from typing import Iterator
 import yaml
 from torch import nn
 
-from ..training.checkpoints import read_config, read_tensors
-from ..training.checksums import CheckpointError
-from ..training.weights import load_strictly
-from ..training.saving import save_checkpoint, finish_interrupted_save, load_training_state
-from ..training.loop import Loop
-from ..training.pace import save_with_retries
-from ..training.stopping import finishing
-from .configurations import ExperimentConfig
-from .run_settings import compared, differences, with_defaults
-from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import new_file
+from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..tasks.reading import read_json
 from ..training.records import Record, lock_folder, new_run_folder
 from ..training.tracking import start_wandb
+from ..training.checksums import CheckpointError
+from ..training.weights import load_strictly
+from ..training.saving import save_checkpoint, finish_interrupted_save, load_training_state
+from ..training.checkpoints import read_config, read_tensors
+from ..training.stopping import finishing
+from ..training.pace import save_with_retries
+from ..training.loop import Loop
+from .configurations import ExperimentConfig
+from .run_settings import compared, differences, with_defaults
 
 # %% ../../nbs/api/7_experiments/05_runs.ipynb #8333e02b
 def run_folder(

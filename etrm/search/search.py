@@ -17,13 +17,13 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..basics.devices import where_is
 from ..basics.settings import Settings
-from ..data.queries import Demos
-from ..model.contexts import PuzzleEmbedding
-from ..model.decoder import Decoder
-from ..model.losses import stablemax_cross_entropy
+from ..basics.devices import where_is
 from ..tasks.grids import PAD
+from ..data.queries import Demos
+from ..model.decoder import Decoder
+from ..model.contexts import PuzzleEmbedding
+from ..model.losses import stablemax_cross_entropy
 from ..training.optim import at_rms_1
 
 # %% ../../nbs/api/6_search/01_search.ipynb #8deaabf4
