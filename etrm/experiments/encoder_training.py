@@ -21,6 +21,7 @@ from ..data.stream import Stream
 from ..model.decoder import Decoder
 from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder
+from ..search.search import with_rate
 from ..training.row_names import check_names
 from ..training.extras import Batch, contrast, Extras
 from ..training.trainer import Trainer
@@ -88,7 +89,7 @@ def extras_of(
     c = config.train
     of_batch = (contrast(encoder, c.contrast),) if c.contrast else ()
     of_context = (near_embeddings(config, table, where_is(decoder)),) if c.rows else ()
-    searches = config.search.with_(steps=c.search_steps)
+    searches = with_rate(config.search, encoder).with_(steps=c.search_steps)
     return Extras(of_batch, of_context, search_refinement(decoder, searches) if c.search_steps else None)
 
 # %% ../../nbs/api/7_experiments/09_encoder_training.ipynb #37e404d8
