@@ -14,17 +14,17 @@ from typing import Callable, Iterable
 import torch
 from pydantic import ValidationError
 
+from ..tasks.task import Task
 from ..data.puzzles import puzzle_data, PuzzleData
-from .configurations import ExperimentConfig, explain
-from .run_settings import with_defaults
-from .task_sets import newness
-from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder, DecoderConfig
+from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder
 from ..search.search import with_rate
-from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from ..training.checksums import CheckpointError
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
+from .configurations import ExperimentConfig, explain
+from .task_sets import newness
+from .run_settings import with_defaults
 
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #0247fa04
 def saved_config(

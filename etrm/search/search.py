@@ -17,14 +17,14 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..basics.devices import where_is
 from ..basics.settings import Settings
+from ..basics.devices import where_is
+from ..tasks.grids import PAD
 from ..data.queries import Demos
-from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
+from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder
 from ..model.losses import stablemax_cross_entropy
-from ..tasks.grids import PAD
 from ..training.optim import at_rms_1
 
 # %% ../../nbs/api/6_search/01_search.ipynb #8deaabf4
@@ -48,8 +48,10 @@ class SearchConfig(Settings):
 # %% ../../nbs/api/6_search/01_search.ipynb #37e238df
 def search_rate(
     table: PuzzleEmbedding,
+    asked: float | None = None,  # the rate that is named, if one is
 ) -> float:
-    "A rate for searches among this table's contexts: 0.14 of its rows' standard deviation."
+    "The rate asked for, or one for this table's contexts: 0.14 of its rows' standard deviation."
+    if asked is not None: return asked
     spread = table.contexts().std(0)
     if (spread > 0).any(): return .14 * spread[spread > 0].mean().item()  # a row may be shorter than T * D
     raise ValueError(f'the rows of this table ({len(table.weights) - 1}) do not differ, so they say nothing about the rate of a search: name one (--lr)')

