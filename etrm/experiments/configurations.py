@@ -147,6 +147,8 @@ def read_yaml(
 def explain(
     error: ValidationError,
     name: str | Path,  # of the configuration
+    model: type[Settings] | None = None,  # None: `ExperimentConfig`
+    kind: str = 'configuration',
 ) -> str:
     "A configuration error in words: key, value, what is allowed, and the nearest key."
     lines = []
@@ -154,14 +156,15 @@ def explain(
         key = '.'.join(map(str, e['loc']))
         line = f"{key} = {reprlib.repr(e['input'])}: {e['msg']}"
         if e['type'] == 'extra_forbidden':
-            model = ExperimentConfig
-            for part in e['loc'][:-1]: model = _section(model.model_fields[part].annotation)
-            near = difflib.get_close_matches(str(e['loc'][-1]), model.model_fields, 1)
+            section = model or ExperimentConfig
+            for part in e['loc'][:-1]:
+                if isinstance(part, str): section = _section(section.model_fields[part].annotation)  # else a place in a list
+            near = difflib.get_close_matches(str(e['loc'][-1]), section.model_fields, 1)
             line = f'unknown key {key}; '
-            line += f'did you mean {near[0]!r}?' if near else f'there are {", ".join(model.model_fields)}'
+            line += f'did you mean {near[0]!r}?' if near else f'there are {", ".join(section.model_fields)}'
         if not key: line = e['msg'].removeprefix('Value error, ')  # of two keys that contradict each other
         lines.append(line)
-    return f'configuration {name}: ' + '; '.join(lines)
+    return f'{kind} {name}: ' + '; '.join(lines)
 
 
 def _section(annotation) -> type:
