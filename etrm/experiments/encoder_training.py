@@ -74,7 +74,8 @@ def search_refinement(
     "A refinement: the context after a search on the demonstrations, whose way is a constant (arXiv 2411.08706)."
     def refine(context: Tensor, batch: Batch) -> Tensor:
         with frozen(decoder):
-            *_, (found, _) = descent(decoder, Demos.of(batch), context, config)  # `Faults` notes what is not finite, without waiting
+            # what is not finite `Faults` notes, without waiting
+            *_, (found, _) = descent(decoder, Demos.of(batch), context, config)
         return context + (found - context.detach())
     return refine
 

@@ -44,7 +44,8 @@ def side_by_side(
 ) -> dict[str, list[dict]]:  # rows of `search_curves` by run; of the views, the answer voted by the best
     "Encoders on the same tasks, without search and with it, each as its configuration says."
     found, encoders = {}, {name: load_encoder(checkpoint, device) for name, checkpoint in checkpoints.items()}
-    sets = {name: make_task_sets(config.with_(tasks=dict(max_eval_groups=groups)))[1] for name, (_, _, config) in encoders.items()}
+    few = dict(max_eval_groups=groups)
+    sets = {name: make_task_sets(config.with_(tasks=few))[1] for name, (*_, config) in encoders.items()}
     same = same_sets(sets)
     for name, (decoder, encoder, config) in encoders.items():
         start, these = Starts(encoder, names=('encoder',)), {on: sets[name][on] for on in same}
@@ -53,7 +54,8 @@ def side_by_side(
             return search_curves(decoder, start, asked, config.search.with_(steps=marks[-1]), marks)
         found[name] = searched(0, marks)
         if views == 1: continue
-        found[f'{name}, best of {views} views'] = [r | Rate.of(r['best_voted']).as_dict() for r in searched(views - 1, (0,))]
+        best = [r | Rate.of(r['best_voted']).as_dict() for r in searched(views - 1, (0,))]
+        found[f'{name}, best of {views} views'] = best
     return found
 
 
@@ -63,6 +65,7 @@ def side_by_side_table(found: dict[str, list[dict]]) -> str:  # Markdown
     cells = []
     for name, rows in found.items():
         for steps in sorted({r['steps'] for r in rows}):
-            of = {r['set']: f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})" for r in rows if r['steps'] == steps}
+            shown = lambda r: f"{r['solved']} of {r['n']} ({r['low']:.0%}-{r['high']:.0%})"
+            of = {r['set']: shown(r) for r in rows if r['steps'] == steps}
             cells.append([name, steps, *(of.get(on, '') for on in sets)])
     return markdown_table(['encoder', 'search steps', *sets], cells)

@@ -55,7 +55,8 @@ def update_flops(
     data = puzzle_data(make_task_sets(few)[0], decoder.config.canvas)
     decoder, encoder = copy.deepcopy(decoder).cpu(), new_encoder(config, decoder, table)
     stream = Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None)
-    extras = extras_of(config.with_(train=dict(rows=0.)), decoder, encoder, table)  # the rows' losses cost next to nothing
+    cheap = config.with_(train=dict(rows=0.))  # the rows' losses cost next to nothing
+    extras = extras_of(cheap, decoder, encoder, table)
     trainer = Trainer(decoder, encoder, stream, config.train, extras)
     with FlopCounterMode(display=False) as counter: trainer.step()
     return counter.get_total_flops()
@@ -99,8 +100,9 @@ class StudyRun:
     def settings(self) -> dict:
         "As of `settings_of`."
         (config, base), study = self.configs(), self.study
-        more = dict(base=base.model_dump(mode='json')) if study.equal_compute else {}
-        return settings_of('study', config, dict(decoder=self.checkpoint), equal_compute=study.equal_compute, search_steps=study.search_steps, **more)
+        more = dict(equal_compute=study.equal_compute, search_steps=study.search_steps)
+        if study.equal_compute: more['base'] = base.model_dump(mode='json')
+        return settings_of('study', config, dict(decoder=self.checkpoint), **more)
 
 # %% ../../nbs/api/7_experiments/15_study_runs.ipynb #16a232fd
 Newness = Callable[[str, object], dict[str, bool]]  # as `newness` gives it
@@ -167,12 +169,19 @@ def run_variant(
     encoder = train_encoder(config, decoder, table, train, record)
     c, weights = config.train, sum(p.numel() for p in encoder.parameters())
     about = dict(study=run.study.name, variant=run.variant, seed=run.seed, steps=c.steps, batch=c.global_batch_size,
-                 flops=cost * c.steps, weights=weights, seconds=round(time.monotonic() - began, 1)) | last_values(record.rows)
+                 flops=cost * c.steps, weights=weights, seconds=round(time.monotonic() - began, 1))
+    about |= last_values(record.rows)
     rows = [about | row for row in _measured_all(run, config, decoder, encoder, sets)]
     with new_file(record.folder / 'rows.json') as write: write(json.dumps(rows))
 
 
-def _measured_all(run: StudyRun, config: ExperimentConfig, decoder: Decoder, encoder: nn.Module, sets: dict[str, list[Task]]) -> list[dict]:
+def _measured_all(
+    run: StudyRun,
+    config: ExperimentConfig,
+    decoder: Decoder,
+    encoder: nn.Module,
+    sets: dict[str, list[Task]],
+) -> list[dict]:
     "Rows of every set, and where the study asks for a search those after it."
     rows, new = [], new_to(config, run.checkpoint)
     for name, tasks in sets.items():
@@ -215,5 +224,6 @@ def run_study(
         asked = (not variants or run.variant in variants) and (seeds is None or run.seed in seeds)
         if not asked or run_state(folder / run.name) is RunState.FINISHED: continue
         with open_run(folder / run.name, settings[run.name]) as record:
-            if record.state is not RunState.FINISHED: run_variant(run, record, device)  # else another process was faster
+            if record.state is RunState.FINISHED: continue  # another process was faster
+            run_variant(run, record, device)
     return [row for path in finished(folder, study, settings) for row in read_json(path)]

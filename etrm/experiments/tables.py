@@ -203,7 +203,8 @@ def features_of_rules(
     config: ExperimentConfig,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) which training tasks have one rule, from 0; (n, f) that rule's features
     "What is known of the rules of procedural training tasks, compositions left out."
-    if config.tasks.source == 'pattern': return np.arange(config.tasks.max_train_groups), onehot_programs(_patterns(config))
+    if config.tasks.source == 'pattern':
+        return np.arange(config.tasks.max_train_groups), onehot_programs(_patterns(config))
     rules = _rules(config)
     single = np.array([i for i, rule in enumerate(rules) if len(rule.parts) == 1], int)
     return single, onehot_rules([rules[i] for i in single])
