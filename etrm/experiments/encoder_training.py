@@ -110,6 +110,26 @@ def measuring(
         return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
     return evaluate
 
+# %% ../../nbs/api/7_experiments/09_encoder_training.ipynb #2549c1f3
+def _begin(
+    config: ExperimentConfig,
+    encoder: DemoEncoder,
+    table: PuzzleEmbedding | None,
+    data: PuzzleData,
+    record: Run | Callable[[int, dict[str, float]], None],
+):
+    "What comes before the first update through the decoder."
+    if config.regression: regress(encoder, table, data, config, record)
+    elif isinstance(record, Run): record.rewind(0)  # killed before its first save
+
+
+def _stream(config: ExperimentConfig, decoder: Decoder, data: PuzzleData, train: list[Task]) -> Stream:
+    "The batches of an encoder's training."
+    c, crops = config.train, decoder.config.crop is not None
+    opens = opening_updates(train, data, config.curriculum * c.steps) if config.curriculum else None
+    drawn = dict(query=config.query, translate=config.translate, demos=config.demos, opens=opens)
+    return Stream(data, c.global_batch_size, c.seed, config.num_demos, extents=crops, **drawn)
+
 # %% ../../nbs/api/7_experiments/09_encoder_training.ipynb #83a93ccd
 def train_encoder(
     config: ExperimentConfig,
@@ -140,17 +160,3 @@ def train_encoder(
         if trainer.ema: trainer.ema.swap(trainer.modules)
         if saved and trainer.finished: saved.finish()
     return encoder.eval()
-
-
-def _begin(config: ExperimentConfig, encoder: DemoEncoder, table: PuzzleEmbedding | None, data: PuzzleData, record):
-    "What comes before the first update through the decoder."
-    if config.regression: regress(encoder, table, data, config, record)
-    elif isinstance(record, Run): record.rewind(0)  # killed before its first save
-
-
-def _stream(config: ExperimentConfig, decoder: Decoder, data: PuzzleData, train: list[Task]) -> Stream:
-    "The batches of an encoder's training."
-    c, crops = config.train, decoder.config.crop is not None
-    opens = opening_updates(train, data, config.curriculum * c.steps) if config.curriculum else None
-    drawn = dict(query=config.query, translate=config.translate, demos=config.demos, opens=opens)
-    return Stream(data, c.global_batch_size, c.seed, config.num_demos, extents=crops, **drawn)

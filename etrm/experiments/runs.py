@@ -123,7 +123,7 @@ def _progress(
     of = ' of the regression' if name == 'regression' else ''
     return f'goes on after update {load_training_state(folder / name).get("updates")}{of}'
 
-# %% ../../nbs/api/7_experiments/05_runs.ipynb #eda33cc9
+# %% ../../nbs/api/7_experiments/05_runs.ipynb #e1268d10
 class Run(Record):
     "The record of a run whose folder this process holds."
     def __init__(self,
@@ -142,7 +142,7 @@ class Run(Record):
         "That training made, as the last of its rows says."
         return max(row['step'] for row in self.rows if 'train/lr' in row)
 
-
+# %% ../../nbs/api/7_experiments/05_runs.ipynb #eda33cc9
 @contextmanager
 def open_run(
     folder: str | Path,  # made where it is missing; one that is there goes on

