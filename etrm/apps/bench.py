@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import tqdm
 
-from .bench_steps import KINDS, PLAIN, Setup, shapes_for, step_flops
-from .timing import matmul_peak, rates, share_outside
 from ..basics.files import markdown_table
 from ..model.decoder import DecoderConfig
+from .timing import matmul_peak, rates, share_outside
+from .bench_steps import KINDS, PLAIN, Setup, shapes_for, step_flops
 
 # %% ../../nbs/api/8_apps/06_bench.ipynb #322b6e9a
 StepName = tuple[str, bool, str]  # kind, is it the plain one, part of the decoder that is compiled

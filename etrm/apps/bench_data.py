@@ -12,16 +12,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .bench_steps import SHAPES
-from .timing import rates
-from ..data.batches import eval_batches
+from ..tasks.task import Task
 from ..data.puzzles import PuzzleData, puzzle_data
+from ..data.batches import eval_batches
 from ..data.stream import Stream
-from ..evaluation.votes import Predictions, vote
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.losses import trm_loss
-from ..tasks.task import Task
 from ..training.optim import AdamATan2
+from ..evaluation.votes import Predictions, vote
+from .timing import rates
+from .bench_steps import SHAPES
 
 # %% ../../nbs/api/8_apps/07_bench_data.ipynb #3a43a146
 def measure_data(

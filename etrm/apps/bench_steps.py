@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plain_step import plain_f, plain_step
+from ..tasks.task import Pair, Task
 from ..data.puzzles import puzzle_data
 from ..data.queries import Demos
 from ..data.stream import Stream
-from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder, DecoderConfig
+from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder, EncoderConfig
 from ..model.losses import trm_loss
-from ..search.search import SearchConfig, search
-from ..tasks.task import Pair, Task
 from ..training.optim import AdamATan2
 from ..training.trainer import TrainConfig, Trainer
+from ..search.search import SearchConfig, search
+from .plain_step import plain_f, plain_step
 
 # %% ../../nbs/api/8_apps/05_bench_steps.ipynb #c7d801e7
 LAB = DecoderConfig(

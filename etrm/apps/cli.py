@@ -6,13 +6,13 @@
 __all__ = ['HELP', 'app']
 
 # %% ../../nbs/api/8_apps/17_cli.ipynb #b0e0e3c3
-from .bench_commands import benching
 from .commands import Commands
-from .evaluation_commands import evaluating
-from .file_commands import files
-from .measuring_commands import measuring
-from .search_commands import searching
 from .training_commands import training
+from .evaluation_commands import evaluating
+from .search_commands import searching
+from .measuring_commands import measuring
+from .file_commands import files
+from .bench_commands import benching
 
 # %% ../../nbs/api/8_apps/17_cli.ipynb #17dbfb2f
 HELP = '''Train, steer and diagnose demonstration encoders for Tiny Recursive Models.

@@ -20,16 +20,16 @@ import torch
 import typer
 from pydantic import ValidationError
 
+from ..basics.files import plain_lines, takes_any_text
 from ..basics.devices import device_of, say_device
 from ..basics.distributed import processes
-from ..basics.files import plain_lines, takes_any_text
-from ..experiments.configurations import ExperimentConfig, load_config
-from ..experiments.loading import through
 from ..model.decoder import DecoderConfig
-from ..training.checkpoints import Checkpoint, read_config
-from ..training.stopping import Stopped, stops_interrupt
 from ..training.checksums import CheckpointError
 from ..training.sizes import decoder_config
+from ..training.checkpoints import Checkpoint, read_config
+from ..training.stopping import Stopped, stops_interrupt
+from ..experiments.configurations import ExperimentConfig, load_config
+from ..experiments.loading import through
 
 # %% ../../nbs/api/8_apps/10_commands.ipynb #330569b5
 class Commands(typer.Typer):

@@ -16,19 +16,19 @@ from typing import Annotated
 import torch
 import typer
 
-from .commands import WHICH_TASKS, AsJson, Commands, DecoderPath, Device, LAB_DECODER, announced, number_of
-from ..basics.distributed import is_rank_zero
 from ..basics.files import new_file
-from ..experiments.task_sets import make_task_sets
-from ..evaluation.submissions import score_submission, submission as submission_of
-from ..evaluation.votes import Votes
-from ..experiments import evaluating as methods, tables
-from ..experiments.loading import load_encoder
-from ..experiments.verdicts import say_verdicts, verdict_file, verdicts_of
-from ..experiments.configurations import ExperimentConfig
+from ..basics.distributed import is_rank_zero
 from ..tasks.reading import load_tasks, read_json
-from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from ..training.records import read_record
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
+from ..evaluation.votes import Votes
+from ..evaluation.submissions import score_submission, submission as submission_of
+from ..experiments.configurations import ExperimentConfig
+from ..experiments.task_sets import make_task_sets
+from ..experiments.loading import load_encoder
+from ..experiments import evaluating as methods, tables
+from ..experiments.verdicts import say_verdicts, verdict_file, verdicts_of
+from .commands import WHICH_TASKS, AsJson, Commands, DecoderPath, Device, LAB_DECODER, announced, number_of
 
 # %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #0578951f
 evaluating = Commands()

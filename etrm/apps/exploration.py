@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ..basics.devices import where_is
-from ..data.puzzles import PuzzleData, puzzle_data
-from ..evaluation.answers import answer, contexts_of
-from ..evaluation.votes import Candidate, vote
-from ..experiments.configurations import ExperimentConfig
-from ..model.contexts import CONTROLS
-from ..model.decoder import Decoder
 from ..tasks.grids import tokens_to_grid
 from ..tasks.task import Task
+from ..data.puzzles import PuzzleData, puzzle_data
+from ..model.decoder import Decoder
+from ..model.contexts import CONTROLS
+from ..evaluation.votes import Candidate, vote
+from ..evaluation.answers import answer, contexts_of
+from ..experiments.configurations import ExperimentConfig
 
 # %% ../../nbs/api/8_apps/01_exploration.ipynb #b30e98ac
 @torch.no_grad()

@@ -18,17 +18,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .exploration import Exploration, explore, set_contexts
+from ..tasks.drawing import draw_grid
+from ..tasks.task import Task, check_fits
+from ..tasks.reading import load_tasks
 from ..data.puzzles import PuzzleData, unaugmented
+from ..model.decoder import Decoder
+from ..model.contexts import PuzzleEmbedding
+from ..training.row_names import check_names
 from ..evaluation.answers import contexts_of
 from ..evaluation.plots import as_label
 from ..experiments.configurations import ExperimentConfig
-from ..model.contexts import PuzzleEmbedding
-from ..model.decoder import Decoder
-from ..tasks.drawing import draw_grid
-from ..tasks.reading import load_tasks
-from ..tasks.task import Task, check_fits
-from ..training.row_names import check_names
+from .exploration import Exploration, explore, set_contexts
 
 # %% ../../nbs/api/8_apps/02_explorer.ipynb #7a8b2ada
 def verdict(seen: Exploration, grid: np.ndarray) -> str:

@@ -13,19 +13,19 @@ from typing import Annotated
 
 import typer
 
-from .commands import AsJson, Commands, Overrides, sizes_of
-from .inspection import what_is
 from ..basics.files import new_folder, plain
-from ..data.dataset import write_dataset
+from ..tasks.task import Task
 from ..data.puzzles import PuzzleData, puzzle_data
-from ..experiments.task_sets import make_task_sets
+from ..data.dataset import write_dataset
+from ..training.weights import compare_decoders
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..training.official import export_official
 from ..evaluation.checks import CheckError, check_answers, config_differences
 from ..experiments.configurations import ExperimentConfig, load_config
+from ..experiments.task_sets import make_task_sets
 from ..experiments.tables import views_of
-from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, load_checkpoint
-from ..training.weights import compare_decoders
-from ..training.official import export_official
+from .inspection import what_is
+from .commands import AsJson, Commands, Overrides, sizes_of
 
 # %% ../../nbs/api/8_apps/15_file_commands.ipynb #6ffa47d5
 files = Commands()

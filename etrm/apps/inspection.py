@@ -8,14 +8,14 @@ __all__ = ['about_checkpoint', 'about_dataset', 'about_tasks', 'about_run', 'wha
 # %% ../../nbs/api/8_apps/09_inspection.ipynb #2100c773
 from pathlib import Path
 
-from ..data.dataset import read_dataset, read_identifiers
-from ..experiments.tables import rows_share
 from ..tasks.task import Task
 from ..tasks.reading import corpus_names, load_tasks, read_json, task_files
-from ..training.checkpoints import Checkpoint, holds_weights
-from ..training.checksums import CheckpointError
-from ..training.description import describe_checkpoint
+from ..data.dataset import read_dataset, read_identifiers
 from ..training.records import read_record
+from ..training.checksums import CheckpointError
+from ..training.checkpoints import Checkpoint, holds_weights
+from ..training.description import describe_checkpoint
+from ..experiments.tables import rows_share
 
 # %% ../../nbs/api/8_apps/09_inspection.ipynb #d5b7dd59
 def about_checkpoint(path: Path) -> dict:

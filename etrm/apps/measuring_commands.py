@@ -17,25 +17,25 @@ from typing import Annotated
 
 import typer
 
+from ..basics.files import markdown_table, new_file, new_folder
+from ..tasks.task import Task
+from ..training.saving import save_checkpoint
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..evaluation.intervals import Rate
+from ..evaluation.plots import plot_search, png_bytes
+from ..search.search import SearchConfig, search_rate
+from ..search.asked import asked_sets
+from ..search.starts import Starts
+from ..search import chain_answers, curves, oracle as steering
+from ..search.chains import ChainConfig
+from ..experiments.configurations import ExperimentConfig
+from ..experiments.task_sets import make_task_sets, validation_tasks
+from ..experiments.loading import load_encoder, new_to, table_for
+from ..experiments.tables import configuration_for
+from ..experiments.side_by_side import side_by_side as compare_runs, side_by_side_table
 from .commands import LAB_DECODER, AsJson, Commands, DecoderPath, Device, Overrides, RowsFile
 from .commands import announced, config_through, names_of
 from .search_commands import MOST_VIEWS, STAGES, SearchRate, SearchRule, Stages, asked_search, stages_of
-from ..basics.files import markdown_table, new_file, new_folder
-from ..evaluation.intervals import Rate
-from ..evaluation.plots import plot_search, png_bytes
-from ..experiments.configurations import ExperimentConfig
-from ..experiments.loading import load_encoder, new_to, table_for
-from ..experiments.side_by_side import side_by_side as compare_runs, side_by_side_table
-from ..experiments.tables import configuration_for
-from ..experiments.task_sets import make_task_sets, validation_tasks
-from ..search import chain_answers, curves, oracle as steering
-from ..search.asked import asked_sets
-from ..search.chains import ChainConfig
-from ..search.search import SearchConfig, search_rate
-from ..search.starts import Starts
-from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, load_checkpoint
-from ..training.saving import save_checkpoint
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #a6bebacd
 measuring = Commands()
@@ -203,7 +203,7 @@ def search_chains(
     frozen, encoder, config = load_encoder(checkpoint, place)
     table = table_for(frozen, source)
     library, second = table.contexts()[:rows], encoder if start == 'encoder' else table.contexts().mean(0)
-    plan, new = ChainConfig(lr=search_rate(table) if lr is None else lr, stages=planned), new_to(config, source)
+    plan, new = ChainConfig(lr=search_rate(table, lr), stages=planned), new_to(config, source)
     config, found = config.with_(tasks=dict(max_eval_groups=groups)), []
     with new_file(out) as write:
         if compiled: frozen.compile_parts('blocks')
@@ -272,7 +272,7 @@ def searched_table(
     with new_folder(out) as fresh:
         frozen, table, saved = load_checkpoint(source, device=place)
         if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
-        plan = SearchConfig(steps=steps, lr=search_rate(table) if lr is None else lr)
+        plan = SearchConfig(steps=steps, lr=search_rate(table, lr))
         tasks = make_task_sets(configuration_for(source))[0]
         found, right = steering.searched_table(frozen, table, tasks, pairs, plan)
         whole = (right == pairs).sum()

@@ -15,16 +15,16 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from tqdm.auto import tqdm
 
-from .timing import waited
-from ..experiments.configurations import load_config
-from ..data.puzzles import puzzle_data
-from ..model.decoder import Decoder
-from ..experiments.pretraining import new_table
 from ..basics.files import markdown_table
-from ..experiments.task_sets import make_task_sets
 from ..basics.threads import USERS_OWN
-from ..training.trainer import Trainer
+from ..data.puzzles import puzzle_data
 from ..data.stream import Stream
+from ..model.decoder import Decoder
+from ..training.trainer import Trainer
+from ..experiments.configurations import load_config
+from ..experiments.task_sets import make_task_sets
+from ..experiments.pretraining import new_table
+from .timing import waited
 
 # %% ../../nbs/api/8_apps/08_neighbours.ipynb #31835f9f
 def lab_trainer(batch_size: int) -> Trainer:

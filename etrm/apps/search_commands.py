@@ -17,19 +17,19 @@ import torch
 import typer
 from torch import Tensor
 
-from .commands import LAB_DECODER, AsJson, Commands, Device, TasksPlace, announced, sizes_of
 from ..basics.files import markdown_table, new_file
-from ..evaluation.submissions import no_answers
-from ..experiments.loading import load_encoder, table_for
-from ..model.decoder import Decoder
-from ..model.encoders import DemoEncoder
-from ..search import chain_answers, own_tasks
-from ..search.chains import ChainConfig
-from ..search.search import SearchConfig, search_rate
 from ..tasks.task import Task, check_fits, fits
 from ..tasks.reading import load_tasks
-from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..model.decoder import Decoder
+from ..model.encoders import DemoEncoder
 from ..training.checksums import CheckpointError
+from ..training.checkpoints import Checkpoint, load_checkpoint
+from ..evaluation.submissions import no_answers
+from ..search.search import SearchConfig, search_rate
+from ..search import chain_answers, own_tasks
+from ..search.chains import ChainConfig
+from ..experiments.loading import load_encoder, table_for
+from .commands import LAB_DECODER, AsJson, Commands, Device, TasksPlace, announced, sizes_of
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #ab74c0d7
 searching = Commands()
@@ -89,7 +89,7 @@ def start_of(
         return decoder, encoder, asked_search(config.search, lr=lr)
     decoder, table, _ = load_checkpoint(checkpoint, device=device)
     if table is None: raise CheckpointError(f'{checkpoint} holds no encoder and no table: the search has nowhere to start')
-    return decoder, table.contexts().mean(0), SearchConfig(lr=search_rate(table) if lr is None else lr)
+    return decoder, table.contexts().mean(0), SearchConfig(lr=search_rate(table, lr))
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #3c837008
 @searching.add
@@ -122,8 +122,7 @@ def search(
         else:
             frozen, encoder, _ = load_encoder(source, place)
             table = table_for(frozen, library)
-            lr = search_rate(table) if lr is None else lr
-            plan = ChainConfig(lr=lr, rule=rule or 'normalised', stages=planned)
+            plan = ChainConfig(lr=search_rate(table, lr), rule=rule or 'normalised', stages=planned)
             found = chain_answers.chain_tasks(frozen, encoder, table.contexts(), asked, plan)
         print(json.dumps(found['summary']) if as_json else search_table(found['summary']))
         write(json.dumps(no_answers(every) | found['submission']))  # those left out are not answered

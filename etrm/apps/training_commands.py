@@ -15,22 +15,21 @@ from typing import Annotated
 
 import typer
 
-from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume, RunsFolder, WithWandb, announced, config_through, names_of, number_of
-from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import markdown_table, new_file
-from ..experiments.task_sets import make_task_sets
-from ..evaluation.intervals import Rate
-from ..experiments import experiment, pretraining, study_runs
-from ..experiments.comparisons import summarise
-from ..experiments.studies import load_study
-from ..experiments.configurations import load_config
-from ..experiments.encoder_training import train_encoder
-from ..experiments.loading import check_embeddings
-from ..experiments.runs import open_run, run_folder
-from ..experiments.run_settings import settings_of
+from ..basics.distributed import is_rank_zero
 from ..tasks.reading import read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint
-from ..training.records import new_run_folder
+from ..evaluation.intervals import Rate
+from ..experiments.configurations import load_config
+from ..experiments.task_sets import make_task_sets
+from ..experiments.run_settings import settings_of
+from ..experiments.runs import new_or_resumed, open_run
+from ..experiments.loading import check_embeddings
+from ..experiments import experiment, pretraining, study_runs
+from ..experiments.encoder_training import train_encoder
+from ..experiments.studies import load_study
+from ..experiments.comparisons import summarise
+from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume, RunsFolder, WithWandb, announced, config_through, names_of, number_of
 
 # %% ../../nbs/api/8_apps/11_training_commands.ipynb #9e9d7303
 training = Commands()
@@ -55,7 +54,7 @@ def pretrain(
 ):
     "Pre-train a decoder and its table. Example: etrm pretrain lab tasks.max_train_groups=64"
     place, c = announced(device), load_config(config, tuple(overrides or ()))
-    folder = run_folder(resume) if resume else from_rank_zero(lambda: new_run_folder(runs, f'{c.name}-pretrain'))
+    folder = new_or_resumed(resume, runs, f'{c.name}-pretrain')
     pretraining.pretrain(c, folder, wandb, start, until, place, fresh_table)
     if is_rank_zero(): print(folder / 'checkpoint')
 
@@ -99,7 +98,7 @@ def train(
     frozen, table, trained_as = load_checkpoint(source, device=place)
     check_embeddings(c, trained_as, decoder)
     settings, tasks = settings_of('train', c, dict(decoder=source)), make_task_sets(c)[0]
-    folder = run_folder(resume) if resume else from_rank_zero(lambda: new_run_folder(runs, f'{c.name}-train'))
+    folder = new_or_resumed(resume, runs, f'{c.name}-train')
     with open_run(folder, settings, wandb) as record: train_encoder(c, frozen, table, tasks, record)
     if is_rank_zero(): print(folder / 'checkpoint')
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .puzzles import gather_pairs, PuzzleData
 from ..tasks.grids import IGNORE_LABEL, PAD
 from ..tasks.augmentations import TRANSPOSES
+from .puzzles import gather_pairs, PuzzleData
 
 # %% ../../nbs/api/2_data/02_batches.ipynb #fa5267c7
 def to_labels(

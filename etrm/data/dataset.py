@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ..basics.files import file_size
-from .puzzles import BLANK, gather_pairs, PuzzleData
 from ..tasks.grids import PAD, VOCAB_SIZE
 from ..tasks.task import Task
 from ..tasks.reading import read_json
+from .puzzles import BLANK, gather_pairs, PuzzleData
 
 # %% ../../nbs/api/2_data/03_dataset.ipynb #4797d1d9
 def _pairs_in(data: PuzzleData, puzzle: int, split: str) -> np.ndarray:

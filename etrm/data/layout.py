@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import to_labels, Selection
-from .puzzles import PuzzleData
 from ..tasks.grids import COLOUR_OFFSET, EOS, PAD, token_sizes
 from ..tasks.augmentations import FLIPS_COLUMNS, FLIPS_ROWS, TRANSPOSES
+from .puzzles import PuzzleData
+from .batches import to_labels, Selection
 
 # %% ../../nbs/api/2_data/05_layout.ipynb #787e36c0
 def grid_sizes(

@@ -13,12 +13,12 @@ from typing import Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
-from .puzzles import gather_pairs, PuzzleData
-from ..tasks.families import FAMILIES
 from ..tasks.grids import COLOUR_OFFSET, token_sizes
 from ..tasks.augmentations import Augmentation
-from ..tasks.rules import Rule
 from ..tasks.task import Task
+from ..tasks.families import FAMILIES
+from ..tasks.rules import Rule
+from .puzzles import gather_pairs, PuzzleData
 
 # %% ../../nbs/api/2_data/07_novelty.ipynb #b66d2330
 def explains(

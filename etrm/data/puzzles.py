@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..tasks.grids import grid_to_tokens, PAD, token_sizes
+from ..tasks.grids import grids_to_tokens, token_sizes
 from ..tasks.augmentations import augment_tokens, Augmentation, translate_tokens
 from ..tasks.task import check_fits, Task
 
@@ -125,11 +125,6 @@ def _check_tasks(tasks: list[Task], canvas: int, unsolved: bool):
             raise ValueError(f'task {t.name} has a test pair without its output, so there is nothing to measure an answer by: leave the task out, or only ask for answers (etrm search)')
 
 
-def _to_tokens(grids: list[np.ndarray | None], canvas: int) -> np.ndarray:  # (N, S) uint8
-    "Grids one behind the other; an output that is not known is PAD."
-    blank = np.full(canvas**2, PAD, np.uint8)
-    return np.stack([blank if g is None else grid_to_tokens(g, canvas) for g in grids])
-
 # %% ../../nbs/api/2_data/01_puzzles.ipynb #f01a2d7f
 def puzzle_data(
     tasks: list[Task],  # each becomes a group
@@ -141,7 +136,7 @@ def puzzle_data(
     "The tasks and their augmentations, drawn from `seed`; duplicates of a task's augmentations are dropped."
     _check_tasks(tasks, canvas, unsolved)
     pairs = [p for t in tasks for p in t.pairs]
-    inputs, outputs = _to_tokens([p.input for p in pairs], canvas), _to_tokens([p.output for p in pairs], canvas)
+    inputs, outputs = (grids_to_tokens(side, canvas) for side in zip(*pairs))
     counts = np.array([len(t.pairs) for t in tasks])
     stop = np.cumsum(counts)
     start, puzzles = stop - counts, []  # of (group, augmentation)

@@ -13,8 +13,8 @@ import torch
 from torch import nn, Tensor
 
 from ..basics.devices import where_is
-from .batches import eval_batches, to_labels
 from .puzzles import PuzzleData
+from .batches import eval_batches, to_labels
 
 # %% ../../nbs/api/2_data/04_queries.ipynb #0447ba74
 @dataclass(frozen=True, eq=False)

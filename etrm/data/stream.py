@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..tasks.augmentations import TRANSPOSES
+from .puzzles import PuzzleData
 from .batches import Selection
 from .layout import grid_sizes, Layout
-from .puzzles import PuzzleData
-from ..tasks.augmentations import TRANSPOSES
 
 # %% ../../nbs/api/2_data/06_stream.ipynb #f1bfe44b
 class PuzzleSampler:

@@ -16,10 +16,10 @@ from ..basics.devices import where_is
 from ..basics.distributed import all_gather_items, local_items, world_size
 from ..data.puzzles import PuzzleData
 from ..data.queries import Queries
-from .votes import Predictions
 from ..model.decoder import Decoder, last_step
-from ..model.losses import trm_loss
 from ..model.contexts import context_of
+from ..model.losses import trm_loss
+from .votes import Predictions
 from .intervals import Rate
 
 # %% ../../nbs/api/5_evaluation/05_answers.ipynb #c00ef729

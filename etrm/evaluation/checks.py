@@ -12,10 +12,10 @@ import torch
 from torch import nn, Tensor
 
 from ..basics.devices import where_is, widest_float
-from ..model.contexts import context_of, shuffled
-from ..model.decoder import Decoder, DecoderConfig, last_step
-from ..model.losses import trm_loss
 from ..tasks.grids import COLOUR_OFFSET
+from ..model.decoder import Decoder, DecoderConfig, last_step
+from ..model.contexts import context_of, shuffled
+from ..model.losses import trm_loss
 from ..training.gradients import clip_gradients
 from ..training.statistics import context_statistics
 

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..basics.files import plain
-from .intervals import Rate
 from ..tasks.drawing import draw_grid
 from ..training.records import series
+from .intervals import Rate
 
 # %% ../../nbs/api/5_evaluation/09_plots.ipynb #8709b82e
 OKABE_ITO = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8A8A8A')

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .intervals import Rate
-from .votes import Candidate, Votes
 from ..tasks.grids import IGNORE_LABEL, PAD
 from ..tasks.task import Task
+from .votes import Candidate, Votes
+from .intervals import Rate
 
 # %% ../../nbs/api/5_evaluation/03_scores.ipynb #6322ad70
 @dataclass(frozen=True)

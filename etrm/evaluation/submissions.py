@@ -8,9 +8,9 @@ __all__ = ['NO_ANSWER', 'submission', 'no_answers', 'score_submission']
 # %% ../../nbs/api/5_evaluation/04_submissions.ipynb #cb812346
 import reprlib
 
-from .scores import Score, Scores
-from .votes import Votes
 from ..tasks.task import grid_problem, Task
+from .votes import Votes
+from .scores import Score, Scores
 
 # %% ../../nbs/api/5_evaluation/04_submissions.ipynb #b255d379
 NO_ANSWER = [[0, 0], [0, 0]]

@@ -16,12 +16,12 @@ from typing import Any, Iterator, Literal, get_args
 from pydantic import Field, model_validator, ValidationError
 
 from ..basics.plain_yaml import read_plain_yaml
+from ..basics.settings import deep_update, Settings, read_override
+from ..tasks.splits import TasksConfig
 from ..model.decoder import DecoderConfig
 from ..model.encoders import EncoderConfig
-from .sections import EncoderTrainConfig, EvaluationConfig, PretrainConfig, RegressionConfig, TableConfig
-from ..basics.settings import deep_update, Settings, read_override
 from ..search.search import SearchConfig
-from ..tasks.splits import TasksConfig
+from .sections import EncoderTrainConfig, EvaluationConfig, PretrainConfig, RegressionConfig, TableConfig
 
 # %% ../../nbs/api/7_experiments/02_configurations.ipynb #a3b305c5
 MOST_OF_A_BATCH, MOST_OF_ALL = 2**28, 2**34  # tokens; and all pairs, or all numbers of a table

@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from ..basics.devices import where_is
-from ..data.stream import Stream
-from ..data.puzzles import puzzle_data, PuzzleData
-from ..data.queries import Demos, Queries
-from ..evaluation.answers import contexts_of, measure_answers
-from .configurations import ExperimentConfig
-from .regression import near_embeddings, regress
-from .runs import Run, RunState, TrainingCheckpoint
-from .task_sets import validation_tasks
-from ..model.contexts import PuzzleEmbedding
-from ..model.decoder import Decoder
-from ..model.encoders import DemoEncoder
-from ..search.search import SearchConfig, descent, frozen
 from ..tasks.grids import PAD
 from ..tasks.task import Task
+from ..data.puzzles import puzzle_data, PuzzleData
+from ..data.queries import Demos, Queries
+from ..data.stream import Stream
+from ..model.decoder import Decoder
+from ..model.contexts import PuzzleEmbedding
+from ..model.encoders import DemoEncoder
+from ..search.search import with_rate
 from ..training.row_names import check_names
 from ..training.extras import Batch, contrast, Extras
 from ..training.trainer import Trainer
+from ..evaluation.answers import contexts_of, measure_answers
+from ..search.search import SearchConfig, descent, frozen
+from .configurations import ExperimentConfig
+from .task_sets import validation_tasks
+from .runs import Run, RunState, TrainingCheckpoint
+from .regression import near_embeddings, regress
 
 # %% ../../nbs/api/7_experiments/09_encoder_training.ipynb #a3f16ea5
 def opening_updates(
@@ -88,7 +89,7 @@ def extras_of(
     c = config.train
     of_batch = (contrast(encoder, c.contrast),) if c.contrast else ()
     of_context = (near_embeddings(config, table, where_is(decoder)),) if c.rows else ()
-    searches = config.search.with_(steps=c.search_steps)
+    searches = with_rate(config.search, encoder).with_(steps=c.search_steps)
     return Extras(of_batch, of_context, search_refinement(decoder, searches) if c.search_steps else None)
 
 # %% ../../nbs/api/7_experiments/09_encoder_training.ipynb #37e404d8

@@ -12,23 +12,23 @@ from typing import Callable, Iterator
 import torch
 from torch import nn
 
-from ..data.novelty import new_view_bits, tasks_new_in_all_views
+from ..tasks.task import Task
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
 from ..data.queries import Queries
-from ..evaluation.answers import answer, contexts_of, copy_answers
-from ..evaluation.intervals import Rate, rate_table
-from ..evaluation.scores import pass_at_k
-from ..evaluation.votes import keep_new_views, Predictions, vote, Votes
-from .configurations import ExperimentConfig
-from .loading import load_encoder, table_for
-from .task_sets import make_task_sets, newness
-from ..model.contexts import CONTROLS, PuzzleEmbedding
+from ..data.novelty import new_view_bits, tasks_new_in_all_views
 from ..model.decoder import Decoder
-from ..tasks.task import Task
+from ..model.contexts import CONTROLS, PuzzleEmbedding
+from ..training.checksums import CheckpointError
 from ..training.row_names import check_names
 from ..training.checkpoints import Checkpoint, load_checkpoint
-from ..training.checksums import CheckpointError
 from ..training.statistics import context_statistics
+from ..evaluation.votes import keep_new_views, Predictions, vote, Votes
+from ..evaluation.intervals import Rate, rate_table
+from ..evaluation.scores import pass_at_k
+from ..evaluation.answers import answer, contexts_of, copy_answers
+from .configurations import ExperimentConfig
+from .task_sets import make_task_sets, newness
+from .loading import load_encoder, table_for
 
 # %% ../../nbs/api/7_experiments/10_evaluating.ipynb #2ef16406
 def score(

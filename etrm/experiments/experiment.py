@@ -13,32 +13,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..basics.distributed import from_rank_zero, is_rank_zero
 from ..basics.files import new_file
+from ..basics.distributed import from_rank_zero, is_rank_zero
+from ..tasks.task import Task
 from ..data.puzzles import puzzle_data
-from ..evaluation.answers import contexts_of
-from ..evaluation.plots import plot_contexts, plot_curves, plot_gallery, plot_results
-from ..evaluation.submissions import submission
-from ..evaluation.verdict import Verdict
+from ..model.decoder import Decoder
+from ..model.contexts import PuzzleEmbedding
+from ..training.checksums import CheckpointError
+from ..training.weights import compare_decoders
+from ..training.saving import remove
+from ..training.row_names import check_names
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_tensors
+from ..training.stopping import Stopped
 from ..evaluation.votes import Votes
+from ..evaluation.submissions import submission
+from ..evaluation.answers import contexts_of
+from ..evaluation.verdict import Verdict
+from ..evaluation.plots import plot_contexts, plot_curves, plot_gallery, plot_results
 from .configurations import ExperimentConfig
+from .task_sets import make_task_sets
+from .run_settings import settings_of
+from .runs import new_or_resumed, open_run, Run
+from .loading import check_embeddings, known_puzzles, new_to
 from .encoder_training import train_encoder
 from .evaluating import evaluate
-from .loading import check_embeddings, known_puzzles, new_to
-from .runs import open_run, Run, run_folder
-from .run_settings import settings_of
-from .task_sets import make_task_sets
 from .verdicts import closing, verdict_file, verdicts_of
-from ..model.contexts import PuzzleEmbedding
-from ..model.decoder import Decoder
-from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, load_checkpoint, read_tensors
-from ..training.records import new_run_folder
-from ..training.stopping import Stopped
-from ..training.checksums import CheckpointError
-from ..training.row_names import check_names
-from ..training.saving import remove
-from ..training.weights import compare_decoders
 
 # %% ../../nbs/api/7_experiments/12_experiment.ipynb #ae97b2ff
 def check_decoder(
@@ -148,7 +147,7 @@ def run(
     known = known_puzzles(trained_as, train, config) if table is not None else None
     if known is not None: check_names(table.names, known, checkpoint)
     settings = settings_of('run', config, dict(decoder=checkpoint))
-    folder = run_folder(resume) if resume else from_rank_zero(lambda: new_run_folder(runs, config.name))
+    folder = new_or_resumed(resume, runs, config.name)
     with open_run(folder, settings, wandb_on) as record:
         say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
         say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))

@@ -14,16 +14,17 @@ from typing import Callable, Iterable
 import torch
 from pydantic import ValidationError
 
-from ..data.puzzles import puzzle_data, PuzzleData
-from .configurations import ExperimentConfig, explain
-from .run_settings import with_defaults
-from .task_sets import newness
-from ..model.contexts import PuzzleEmbedding
-from ..model.decoder import Decoder, DecoderConfig
-from ..model.encoders import DemoEncoder
 from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
+from ..data.puzzles import puzzle_data, PuzzleData
+from ..model.decoder import Decoder, DecoderConfig
+from ..model.contexts import PuzzleEmbedding
+from ..model.encoders import DemoEncoder
+from ..search.search import with_rate
 from ..training.checksums import CheckpointError
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
+from .configurations import ExperimentConfig, explain
+from .task_sets import newness
+from .run_settings import with_defaults
 
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #0247fa04
 def saved_config(
@@ -44,14 +45,15 @@ def explained(checkpoint: str | Path | Checkpoint):
 def load_encoder(
     path: str | Path | Checkpoint,  # a run's checkpoint, with decoder and encoder
     device: str | torch.device = 'cpu',
-) -> tuple[Decoder, DemoEncoder, ExperimentConfig]:
+) -> tuple[Decoder, DemoEncoder, ExperimentConfig]:  # its rate of search is a number
     "Read a trained encoder with the decoder it was trained for."
     checkpoint = Checkpoint.of(path)
     decoder = load_checkpoint(checkpoint, device=device)[0]
     if not checkpoint.tensors['encoder']: raise CheckpointError(f'{path} holds no encoder: name the checkpoint of an encoder run')
     config = saved_config(checkpoint)
     with explained(checkpoint): encoder_config = config.encoder_config(decoder.config)
-    return decoder, checkpoint.encoder(encoder_config, device), config
+    encoder = checkpoint.encoder(encoder_config, device)
+    return decoder, encoder, config.with_(search=with_rate(config.search, encoder))
 
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #d937200a
 def table_for(

@@ -11,21 +11,21 @@ from pathlib import Path
 
 import torch
 
-from ..data.stream import Stream
+from ..tasks.task import Task
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
 from ..data.queries import Queries
+from ..data.stream import Stream
+from ..model.decoder import Decoder
+from ..model.contexts import PuzzleEmbedding
+from ..training.weights import load_strictly
+from ..training.row_names import check_names
+from ..training.checkpoints import Checkpoint, row_names
+from ..training.trainer import Trainer
 from ..evaluation.answers import solved_queries
 from .configurations import ExperimentConfig
-from .runs import open_run, RunState, TrainingCheckpoint
-from .run_settings import settings_of
 from .task_sets import make_task_sets
-from ..model.contexts import PuzzleEmbedding
-from ..model.decoder import Decoder
-from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, row_names
-from ..training.row_names import check_names
-from ..training.weights import load_strictly
-from ..training.trainer import Trainer
+from .run_settings import settings_of
+from .runs import open_run, RunState, TrainingCheckpoint
 
 # %% ../../nbs/api/7_experiments/07_pretraining.ipynb #b374913a
 def new_table(config: ExperimentConfig, data: PuzzleData) -> PuzzleEmbedding:

@@ -14,17 +14,17 @@ from torch import nn, Tensor
 
 from ..basics.devices import where_is
 from ..basics.distributed import sum_over_ranks, world_size
-from ..data.stream import Stream
 from ..data.puzzles import PuzzleData
-from .configurations import ExperimentConfig
-from .sections import RegressionConfig
-from .runs import Run, TrainingCheckpoint
+from ..data.stream import Stream
 from ..model.contexts import context_of, PuzzleEmbedding
 from ..model.encoders import DemoEncoder
-from ..training.extras import Batch
+from ..training.optim import AdamATan2
 from ..training.gradients import grad_norm
 from ..training.loop import Loop
-from ..training.optim import AdamATan2
+from ..training.extras import Batch
+from .sections import RegressionConfig
+from .configurations import ExperimentConfig
+from .runs import Run, TrainingCheckpoint
 
 # %% ../../nbs/api/7_experiments/08_regression.ipynb #0891c484
 class EmbeddingLosses(nn.Module):

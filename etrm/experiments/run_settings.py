@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .configurations import ExperimentConfig
 from ..training.checkpoints import Checkpoint
+from .configurations import ExperimentConfig
 
 # %% ../../nbs/api/7_experiments/04_run_settings.ipynb #fcbc2db3
 def fingerprint(

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from ..basics.files import markdown_table
-from ..evaluation.intervals import Rate
-from .loading import load_encoder
-from .task_sets import make_task_sets, newness
-from ..search.asked import asked_sets
-from ..search.curves import search_curves
-from ..search.starts import Starts
 from ..tasks.task import Task, digest
 from ..training.checkpoints import Checkpoint
+from ..evaluation.intervals import Rate
+from ..search.asked import asked_sets
+from ..search.starts import Starts
+from ..search.curves import search_curves
+from .task_sets import make_task_sets, newness
+from .loading import load_encoder
 
 # %% ../../nbs/api/7_experiments/17_side_by_side.ipynb #78fae322
 def same_sets(

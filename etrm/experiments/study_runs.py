@@ -20,29 +20,29 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..basics.files import new_file
-from ..data.novelty import new_view_bits_by_input
+from ..tasks.task import digest, Task
+from ..tasks.reading import read_json
 from ..data.puzzles import puzzle_data
 from ..data.queries import Queries
 from ..data.stream import Stream
+from ..data.novelty import new_view_bits_by_input
+from ..model.decoder import Decoder
+from ..model.contexts import mean, PuzzleEmbedding, shuffled
+from ..training.sizes import decoder_config
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
+from ..training.trainer import Trainer
 from ..evaluation.answers import contexts_of, measure_answers, measures_row
+from ..search.asked import asked_sets
+from ..search.starts import Starts
+from ..search.curves import search_curves
 from .configurations import ExperimentConfig, load_config
+from .task_sets import make_task_sets
+from .run_settings import settings_of
+from .runs import check_place, check_settings, open_run, Run, run_state, RunState
+from .loading import known_puzzles, new_to, reads_embeddings, through
 from .encoder_training import extras_of, new_encoder, train_encoder
 from .experiment import check_sets
-from .loading import known_puzzles, new_to, reads_embeddings, through
-from .runs import check_place, check_settings, open_run, Run, run_state, RunState
-from .run_settings import settings_of
 from .studies import Study
-from .task_sets import make_task_sets
-from ..model.contexts import mean, PuzzleEmbedding, shuffled
-from ..model.decoder import Decoder
-from ..search.asked import asked_sets
-from ..search.curves import search_curves
-from ..search.starts import Starts
-from ..tasks.task import digest, Task
-from ..tasks.reading import read_json
-from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
-from ..training.sizes import decoder_config
-from ..training.trainer import Trainer
 
 # %% ../../nbs/api/7_experiments/15_study_runs.ipynb #eb0e0e2c
 def update_flops(

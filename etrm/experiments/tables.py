@@ -14,28 +14,28 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from ..training.checkpoints import Checkpoint, load_checkpoint, read_config, read_tensors, row_names
-from .configurations import ExperimentConfig, load_config
-from ..model.contexts import PuzzleEmbedding
+from ..tasks.augmentations import Augmentation
+from ..tasks.task import Task
+from ..tasks.reading import load_challenges
+from ..tasks.rules import Rule, sample_rules
+from ..tasks.patterns import onehot_programs, pattern_tasks
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.dataset import read_dataset, read_identifiers
-from ..model.decoder import Decoder, DecoderConfig
-from ..evaluation.rule_share import onehot_rules, rule_share
-from .evaluating import score
-from .loading import saved_config
 from ..data.queries import Queries
-from ..evaluation.answers import answer, contexts_of, copy_answers
-from .run_settings import differences
-from .task_sets import make_task_sets
-from ..tasks.patterns import onehot_programs, pattern_tasks
-from ..tasks.rules import Rule, sample_rules
-from ..tasks.task import Task
-from ..evaluation.votes import Predictions, Votes, concatenate
+from ..model.decoder import Decoder, DecoderConfig
+from ..model.contexts import PuzzleEmbedding
 from ..training.checksums import CheckpointError
-from ..training.row_names import check_names
 from ..training.sizes import decoder_config
-from ..tasks.augmentations import Augmentation
-from ..tasks.reading import load_challenges
+from ..training.row_names import check_names
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config, read_tensors, row_names
+from ..evaluation.votes import Predictions, Votes, concatenate
+from ..evaluation.answers import answer, contexts_of, copy_answers
+from ..evaluation.rule_share import onehot_rules, rule_share
+from .configurations import ExperimentConfig, load_config
+from .task_sets import make_task_sets
+from .run_settings import differences
+from .loading import saved_config
+from .evaluating import score
 
 # %% ../../nbs/api/7_experiments/13_tables.ipynb #aa7b4cb1
 def model_type(

@@ -8,12 +8,12 @@ __all__ = ['make_task_sets', 'validation_tasks', 'training_rules', 'newness']
 # %% ../../nbs/api/7_experiments/03_task_sets.ipynb #944e8a9d
 from typing import Callable
 
-from ..data.novelty import new_views
-from ..data.puzzles import PuzzleData
-from .configurations import ExperimentConfig
+from ..tasks.task import Task
 from ..tasks.rules import Rule, sample_rules
 from ..tasks.splits import draw_sets, draw_validation
-from ..tasks.task import Task
+from ..data.puzzles import PuzzleData
+from ..data.novelty import new_views
+from .configurations import ExperimentConfig
 
 # %% ../../nbs/api/7_experiments/03_task_sets.ipynb #fd3ba0b4
 def make_task_sets(

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..model.contexts import CONTROLS
 from ..evaluation.intervals import Rate
 from ..evaluation.verdict import scenario, Verdict
 from .configurations import ExperimentConfig
 from .evaluating import AMONG, format_results, solved_among
-from ..model.contexts import CONTROLS
 
 # %% ../../nbs/api/7_experiments/11_verdicts.ipynb #8f898b9f
 def verdict_of(

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn, Tensor
 
-from ..basics.distributed import draw
 from ..basics.settings import Settings
-from .layers import Block, check_size, linear, rotary_tables, truncated_normal_
+from ..basics.distributed import draw
 from ..tasks.grids import VOCAB_SIZE
+from .layers import Block, check_size, linear, rotary_tables, truncated_normal_
 
 # %% ../../nbs/api/3_model/02_decoder.ipynb #6669378b
 class DecoderConfig(Settings):

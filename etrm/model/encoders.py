@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import nn, Tensor
 
-from ..basics.distributed import draw
 from ..basics.settings import Settings
-from .layers import Block, check_size, linear, masked_attention, rms_norm, rotary_tables, truncated_normal_
+from ..basics.distributed import draw
 from ..tasks.grids import PAD, VOCAB_SIZE
+from .layers import Block, check_size, linear, masked_attention, rms_norm, rotary_tables, truncated_normal_
 
 # %% ../../nbs/api/3_model/04_encoders.ipynb #9d3f9555
 class EncoderConfig(Settings):

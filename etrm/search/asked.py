@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..basics.devices import where_is
-from ..data.novelty import new_view_bits_by_input
+from ..tasks.task import Task, digest
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.queries import Demos, Queries
+from ..data.novelty import new_view_bits_by_input
 from ..model.decoder import Decoder, last_step
 from .search import within_extents
-from ..tasks.task import Task, digest
 
 # %% ../../nbs/api/6_search/02_asked.ipynb #c3847f82
 @dataclass(frozen=True, eq=False)

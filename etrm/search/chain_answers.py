@@ -14,17 +14,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..basics.devices import where_is
+from ..tasks.task import Task
 from ..data.puzzles import puzzle_data
 from ..data.queries import Queries
+from ..model.decoder import Decoder
+from ..model.encoders import DemoEncoder
+from ..evaluation.votes import Predictions, concatenate, vote
 from ..evaluation.intervals import Rate
 from ..evaluation.scores import pass_at_k
 from ..evaluation.submissions import submission
-from ..evaluation.votes import Predictions, concatenate, vote
-from ..model.decoder import Decoder
-from ..model.encoders import DemoEncoder
 from .asked import AskedSet
 from .chains import ChainConfig, Chains, TaskGrids, decoded, search_chains
-from ..tasks.task import Task
 
 # %% ../../nbs/api/6_search/08_chain_answers.ipynb #253b4ed8
 def grids_of(

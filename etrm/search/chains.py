@@ -14,15 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..basics.devices import where_is
 from ..basics.settings import Settings
+from ..basics.devices import where_is
+from ..tasks.grids import COLOUR_OFFSET, EOS, PAD, token_sizes
 from ..data.batches import to_labels
 from ..data.queries import Demos
 from ..model.decoder import Decoder, last_step
 from ..model.encoders import DemoEncoder
 from ..model.losses import stablemax_cross_entropy
 from .search import SearchConfig, SearchRule, search
-from ..tasks.grids import COLOUR_OFFSET, EOS, PAD, token_sizes
 
 # %% ../../nbs/api/6_search/07_chains.ipynb #e35c3c8f
 def decoded(

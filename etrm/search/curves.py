@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from ..data.queries import Demos
-from ..evaluation.answers import answer, measures_row, measure_answers
-from ..evaluation.scores import pass_at_k
-from ..evaluation.votes import Predictions, keep_best_views, keep_new_views, vote
-from ..model.decoder import Decoder
-from .asked import AskedSet, demonstrations_right
-from .search import SearchConfig, search
-from .starts import Starts
 from ..tasks.augmentations import Augmentation
 from ..tasks.task import Task
+from ..data.queries import Demos
+from ..model.decoder import Decoder
+from ..evaluation.votes import Predictions, keep_best_views, keep_new_views, vote
+from ..evaluation.scores import pass_at_k
+from ..evaluation.answers import answer, measures_row, measure_answers
+from .search import SearchConfig, search
+from .asked import AskedSet, demonstrations_right
+from .starts import Starts
 
 # %% ../../nbs/api/6_search/04_curves.ipynb #b31e477d
 def contexts_on_the_way(

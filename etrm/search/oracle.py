@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from ..basics.devices import where_is
+from ..tasks.task import Task
 from ..data.puzzles import puzzle_data
 from ..data.queries import Demos, Queries
-from ..evaluation.answers import measures_row, measure_answers
-from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
+from ..model.contexts import PuzzleEmbedding
+from ..training.row_names import check_names
+from ..evaluation.answers import measures_row, measure_answers
+from .search import SearchConfig, search
 from .asked import AskedSet, demonstrations_right
 from .curves import contexts_on_the_way
-from .search import SearchConfig, search
-from ..tasks.task import Task
-from ..training.row_names import check_names
 
 # %% ../../nbs/api/6_search/05_oracle.ipynb #699d34a0
 def answer_as_demo(

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..basics.devices import where_is
-from ..data.puzzles import puzzle_data
-from ..data.queries import Queries
-from ..evaluation.answers import answer, contexts_of
-from ..evaluation.scores import pass_at_k
-from ..evaluation.submissions import submission
-from ..evaluation.votes import Votes, keep_best_views, vote
-from ..model.decoder import Decoder
-from .asked import demonstrations_right
-from .search import SearchConfig, search
 from ..tasks.augmentations import Augmentation
 from ..tasks.task import Task
+from ..data.puzzles import puzzle_data
+from ..data.queries import Queries
+from ..model.decoder import Decoder
+from ..evaluation.votes import Votes, keep_best_views, vote
+from ..evaluation.scores import pass_at_k
+from ..evaluation.submissions import submission
+from ..evaluation.answers import answer, contexts_of
+from .search import SearchConfig, search
+from .asked import demonstrations_right
 
 # %% ../../nbs/api/6_search/06_own_tasks.ipynb #c1299c3f
 def own_start(

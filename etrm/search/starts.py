@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from ..basics.devices import where_is
 from ..data.queries import Demos, Queries
-from ..evaluation.answers import contexts_of
-from ..model.contexts import PuzzleEmbedding, shuffled
 from ..model.decoder import Decoder, last_step
+from ..model.contexts import PuzzleEmbedding, shuffled
 from ..model.losses import stablemax_cross_entropy
+from ..evaluation.answers import contexts_of
 
 # %% ../../nbs/api/6_search/03_starts.ipynb #e865f6ad
 @torch.no_grad()

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .augmentations import dihedral, DIHEDRAL, INVERSE_DIHEDRAL, TRANSPOSES
 from .grids import check_tokens, COLOUR_OFFSET, N_COLOURS, token_sizes, VOCAB_SIZE
+from .augmentations import dihedral, DIHEDRAL, INVERSE_DIHEDRAL, TRANSPOSES
 
 # %% ../../nbs/api/1_tasks/03_canonical.ipynb #4c2bcd72
 def _mix(x):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'EOS', 'COLOUR_OFFSET', 'VOCAB_SIZE', 'N_COLOURS', 'IGNORE_LABEL', 'check_grid', 'grid_to_tokens',
-           'check_tokens', 'token_sizes', 'tokens_to_grid']
+           'grids_to_tokens', 'check_tokens', 'token_sizes', 'tokens_to_grid']
 
 # %% ../../nbs/api/1_tasks/01_grids.ipynb #d38d9949
 import numpy as np
@@ -43,6 +43,25 @@ def grid_to_tokens(
     if bottom < canvas: tokens[bottom, left:right] = EOS
     if right < canvas: tokens[top:bottom, right] = EOS
     return tokens.reshape(-1)
+
+# %% ../../nbs/api/1_tasks/01_grids.ipynb #808595ba
+def grids_to_tokens(
+    grids: list[np.ndarray | None],  # None becomes the blank sequence
+    canvas: int,  # side of the canvas
+) -> np.ndarray:  # (len(grids), canvas**2) uint8
+    "Lay many grids on the canvas, each as `grid_to_tokens` does."
+    of_shape, tokens = {}, np.zeros((len(grids), canvas, canvas), np.uint8)
+    for i, grid in enumerate(grids):
+        if grid is not None: of_shape.setdefault(np.shape(grid), []).append(i)
+    for shape, places in of_shape.items():
+        first = grid_to_tokens(grids[places[0]], canvas).reshape(canvas, canvas)  # its edges are those of all
+        height, width = shape
+        found = np.stack([grids[i] for i in places])
+        check_grid(found.reshape(len(found), -1) if found.size else found[0])
+        tokens[places] = first
+        tokens[places, :height, :width] = found.astype(np.uint8) + COLOUR_OFFSET
+    return tokens.reshape(len(grids), canvas**2)
+
 
 # %% ../../nbs/api/1_tasks/01_grids.ipynb #c868d602
 def check_tokens(

@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from .canonical import canonical_pairs
-from .grids import grid_to_tokens
+from .grids import grids_to_tokens
 from .task import Task
 
 # %% ../../nbs/api/1_tasks/07_leakage.ipynb #abede9fa
@@ -24,10 +24,8 @@ def pair_keys(
     pairs = [pair for task in tasks for pair in task.pairs]
     if not pairs: return np.zeros(0, np.uint64)
     canvas = canvas or max(max(grid.shape) for pair in pairs for grid in pair if grid is not None)
-    blank = np.zeros(canvas**2, np.uint8)
-    tokens = lambda grid: blank if grid is None else grid_to_tokens(grid, canvas)
-    left = np.stack([tokens(pair.input) for pair in pairs])
-    right = np.stack([tokens(pair.output if outputs else None) for pair in pairs])
+    left = grids_to_tokens([pair.input for pair in pairs], canvas)
+    right = grids_to_tokens([pair.output if outputs else None for pair in pairs], canvas)
     return canonical_pairs(left, right, canvas)
 
 # %% ../../nbs/api/1_tasks/07_leakage.ipynb #6becd103

@@ -8,8 +8,8 @@ __all__ = ['pattern_pair', 'pattern_split', 'pattern_tasks', 'onehot_programs']
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #485fb492
 import numpy as np
 
-from .rules import FamilyError, hash_grids, stable_hash
 from .task import Pair, Task
+from .rules import FamilyError, hash_grids, stable_hash
 
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #61bef21b
 def pattern_pair(

@@ -16,10 +16,10 @@ from math import ceil
 
 import numpy as np
 
-from .canonical import canonical_pairs
-from .families import all_rules, FAMILIES, HELD_OUT_FAMILIES, KNOWN_FAMILIES
 from .grids import COLOUR_OFFSET
+from .canonical import canonical_pairs
 from .task import Pair, Task
+from .families import all_rules, FAMILIES, HELD_OUT_FAMILIES, KNOWN_FAMILIES
 
 # %% ../../nbs/api/1_tasks/10_rules.ipynb #d8578970
 def stable_hash(

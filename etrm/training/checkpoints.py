@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..basics.files import note
 from ..basics.plain_yaml import read_plain_yaml
-from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder, DecoderConfig
+from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder, EncoderConfig
 from .checksums import CheckpointError, sha256, verify_checksum
-from .row_names import read_row_names
-from .sizes import check_row_length, checked_sizes
 from .weights import all_finite, load_strictly, read_weights
+from .sizes import check_row_length, checked_sizes
+from .row_names import read_row_names
 
 # %% ../../nbs/api/4_training/09_checkpoints.ipynb #ac1615f4
 def _official_files(folder: Path) -> list[Path]:

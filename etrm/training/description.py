@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..model.decoder import Decoder
-from .checkpoints import Checkpoint
 from .checksums import CheckpointError
 from .weights import check_shapes, norm_of
+from .checkpoints import Checkpoint
 
 # %% ../../nbs/api/4_training/10_description.ipynb #64b3d15a
 def _format_of(checkpoint: Checkpoint) -> dict:  # 'format', and 'why' where it is unknown

@@ -9,8 +9,8 @@ __all__ = ['Diverged', 'Faults']
 import torch
 from torch import Tensor
 
-from .weights import all_finite
 from ..basics.devices import widest_float
+from .weights import all_finite
 
 # %% ../../nbs/api/4_training/15_faults.ipynb #4b5bebf6
 class Diverged(ValueError):

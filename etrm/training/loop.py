@@ -15,12 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..basics.distributed import local_slice, sum_gradients
 from ..basics.settings import Settings
-from .clock import Clock, updates_to_make, is_over
-from .faults import Faults
+from ..basics.distributed import local_slice, sum_gradients
 from .optim import EMA, AdamConfig, lr_scale
+from .faults import Faults
 from .pace import Pace, paced
+from .clock import Clock, updates_to_make, is_over
 
 # %% ../../nbs/api/4_training/18_loop.ipynb #6f4a5378
 class LoopConfig(Settings):

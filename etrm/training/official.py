@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from ..basics.files import new_folder, note, room_for
-from ..model.contexts import PuzzleEmbedding
 from ..model.decoder import Decoder
-from .checkpoints import Checkpoint, load_checkpoint
+from ..model.contexts import PuzzleEmbedding
 from .checksums import CheckpointError
 from .saving import load_training_state
+from .checkpoints import Checkpoint, load_checkpoint
 
 # %% ../../nbs/api/4_training/11_official.ipynb #b43c512a
 _PREFIX = '_orig_mod.model.inner.'

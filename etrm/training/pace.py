@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
 
-from .checksums import CheckpointError
 from ..basics.distributed import is_rank_zero, on_any_rank
-from .faults import Diverged
+from .checksums import CheckpointError
 from .stopping import Stopped, noting_interrupts
+from .faults import Diverged
 
 # %% ../../nbs/api/4_training/16_pace.ipynb #415dacf4
 WAITS = (1, 10, 60, 300)  # seconds between attempts to save

@@ -17,8 +17,8 @@ from typing import Iterator
 
 from filelock import FileLock, Timeout
 
-from ..basics.distributed import is_rank_zero
 from ..basics.files import file_size, new_file
+from ..basics.distributed import is_rank_zero
 
 # %% ../../nbs/api/4_training/02_records.ipynb #4208eddd
 def new_run_folder(

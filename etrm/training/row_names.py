@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Callable
 
 from ..basics.files import note
-from ..data.dataset import read_identifiers
 from ..data.puzzles import PuzzleData
+from ..data.dataset import read_identifiers
 from .checksums import CheckpointError, has_checksum, sha256, verify_checksum
 
 # %% ../../nbs/api/4_training/08_row_names.ipynb #abc2688a

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..model.decoder import DecoderConfig
 from ..model.layers import swiglu_width
+from ..model.decoder import DecoderConfig
 from .checksums import CheckpointError
 
 # %% ../../nbs/api/4_training/07_sizes.ipynb #a1084b6a

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from ..basics.distributed import all_gather, all_gather_touched, broadcast_weights, is_rank_zero
 from ..basics.distributed import sum_over_ranks, world_size
 from ..data.stream import Stream
-from ..model.contexts import PuzzleEmbedding, context_of
 from ..model.decoder import Carry, Decoder
+from ..model.contexts import PuzzleEmbedding, context_of
 from ..model.losses import trm_loss
-from .extras import Batch, Extras
-from .gradients import clip_gradients
-from .loop import Loop, LoopConfig
 from .optim import EMA, AdamATan2, OptimConfig, TableSGD
+from .gradients import clip_gradients
 from .statistics import averages, context_statistics
+from .loop import Loop, LoopConfig
+from .extras import Batch, Extras
 
 # %% ../../nbs/api/4_training/20_trainer.ipynb #55fe45c1
 class TrainConfig(LoopConfig):
