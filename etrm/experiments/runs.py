@@ -31,6 +31,7 @@ from ..training.pace import save_with_retries
 from ..training.loop import Loop
 from .configurations import ExperimentConfig
 from .run_settings import compared, differences, with_defaults
+from ..basics.provenance import working_on
 
 # %% ../../nbs/api/7_experiments/05_runs.ipynb #8333e02b
 def run_folder(
@@ -160,6 +161,7 @@ def open_run(
             begun = (folder / 'settings.json').exists()
             _claim(folder, settings)
             if begun: print(f'{folder} {_progress(folder)}', file=sys.stderr)
+            held.enter_context(working_on(folder, settings['config']))
         from_rank_zero(begin)
         tracked = start_wandb(folder, folder.name, settings['config']) if wandb_on and is_rank_zero() else None
         if tracked is not None: held.callback(tracked.finish)

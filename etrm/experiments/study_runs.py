@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..basics.files import new_file
-from ..tasks.task import digest, Task
+from ..basics.provenance import asks
 from ..tasks.reading import read_json
+from ..tasks.task import digest, Task
 from ..data.puzzles import puzzle_data
 from ..data.queries import Queries
 from ..data.stream import Stream
@@ -176,6 +177,7 @@ def _measured_all(run: StudyRun, config: ExperimentConfig, decoder: Decoder, enc
     "Rows of every set, and where the study asks for a search those after it."
     rows, new = [], new_to(config, run.checkpoint)
     for name, tasks in sets.items():
+        asks(name, len(tasks))
         bits = new_view_bits_by_input(new(name, puzzle_data(tasks, decoder.config.canvas)), tasks)
         rows += measured(decoder, encoder, config, tasks, dict(set=name, tasks_sha256=digest(tasks), new_views=bits))
     if not run.study.search_steps: return rows
