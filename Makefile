@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 # one thread a process: two notebooks, and then two tests, run at once
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=disabled MPLBACKEND=agg
 
-.PHONY: run test lab docs test-browser test-gpu rearc readme export clean
+.DEFAULT_GOAL := help
+.PHONY: help run test lab docs test-browser test-gpu rearc readme export clean
+
+help:                          ## what there is to make
+	@sed -n 's/^\([a-z-]*\):[^#]*## */  make \1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
 
 run: $(VENV)/.installed        ## environment; the report's experiment, to a verdict on 400 tasks; then what the best encoder adds to a search
 	$(BIN)/etrm run cfg_test_frozen_decoder tasks.max_eval_groups=400 evaluation.others=50

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from ..basics.files import plain_lines, takes_any_text
 from ..basics.devices import device_of, say_device
 from ..basics.distributed import processes
+from ..basics.provenance import collecting, computes_on, configured
 from ..model.decoder import DecoderConfig
 from ..training.checksums import CheckpointError
 from ..training.sizes import decoder_config
@@ -52,7 +53,8 @@ def guarded(function: Callable) -> Callable:
         takes_any_text(sys.stdout, sys.stderr)
         try:
             check_options(kwargs)
-            with processes(), stops_interrupt(): return function(*args, **kwargs)
+            with processes(), stops_interrupt(), collecting(sys.argv[1:], kwargs.get('out')):
+                return function(*args, **kwargs)
         except BrokenPipeError: raise  # as `etrm inspect … | head -1` makes it: no error of ours, and typer ends quietly
         except (ValueError, OSError) as error: code, said, cause = 2, str(error), error
         except KeyboardInterrupt as error: code, said, cause = 130, interrupted(error, function.__name__), error
@@ -104,6 +106,7 @@ def announced(
 ) -> torch.device:
     "The device that a command computes on, which its first line on standard error says."
     say_device(found := device_of(device))
+    computes_on(found)
     return found
 
 # %% ../../nbs/api/8_apps/10_commands.ipynb #50c09fc5
@@ -143,4 +146,5 @@ def config_through(
 ) -> ExperimentConfig:  # with this decoder
     "A configuration for a pre-trained decoder; an override that asks for another one is an error."
     c = load_config(config, tuple(overrides or ()))
-    return through(sizes_of(decoder), decoder, c, overrides or ())
+    configured(c := through(sizes_of(decoder), decoder, c, overrides or ()))
+    return c

@@ -18,6 +18,7 @@ import typer
 
 from ..basics.files import new_file
 from ..basics.distributed import is_rank_zero
+from ..basics.provenance import configured
 from ..tasks.reading import load_tasks, read_json
 from ..training.records import read_record
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
@@ -71,6 +72,7 @@ def evaluated(
     "Results on the tasks that a configuration names."
     if config is None: raise ValueError(f'{checkpoint} does not say which puzzles its table has rows for: give --data with the dataset it was trained on, or --config-name')
     if max_eval_groups is not None: config = config.with_(tasks=dict(max_eval_groups=max_eval_groups))
+    configured(config)
     if kind == 'trm':
         decoder, table, _ = load_checkpoint(checkpoint, config.decoder.canvas, device)
         rows, votes = tables.evaluate_table(config, decoder, table)

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from ..basics.files import new_folder, plain
+from ..basics.provenance import asks, fills
 from ..tasks.task import Task
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.dataset import write_dataset
@@ -43,9 +44,12 @@ def data(
     """Write a configuration's tasks as an on-disk TRM dataset.
     Example: etrm data arc1_10x10 data/arc1 tasks.num_aug=10"""
     c = load_config(config, tuple(overrides or ()))
+    fills(folder)
     with new_folder(folder) as fresh:
         train_tasks, sets = make_task_sets(c)
         held_out = sets[c.evaluation.decides]
+        asks('all training tasks', len(train_tasks))
+        asks(c.evaluation.decides, len(held_out))
         train = puzzle_data(train_tasks, c.decoder.canvas, c.tasks.num_aug, c.tasks.seed)
         write_dataset(fresh, dict(train=train, test=asked_of(held_out, train_tasks, train, c)), held_out)
     print(folder)
@@ -79,6 +83,7 @@ def export(
 ):
     """Write a decoder and its table in the official TRM layout: step_N and all_config.yaml.
     Example: etrm export checkpoints/lab_decoder exported"""
+    fills(folder)
     print(export_official(checkpoint, folder, step, canvas))
 
 # %% ../../nbs/api/8_apps/15_file_commands.ipynb #66aac615

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from ..basics.files import markdown_table, new_file, new_folder
+from ..basics.provenance import asks, configured
 from ..tasks.task import Task
 from ..training.saving import save_checkpoint
 from ..training.checkpoints import Checkpoint, load_checkpoint
@@ -66,6 +67,7 @@ def chosen_sets(
     more: dict[str, dict] = VALIDATION,  # that may be named too
 ) -> dict[str, list[Task]]:
     "The evaluation sets of these names."
+    configured(config)
     found = make_task_sets(config)[1]
     asked = names_of(names, '--sets') if names else list(found)
     for name in asked:
@@ -274,6 +276,7 @@ def searched_table(
         if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
         plan = SearchConfig(steps=steps, lr=search_rate(table, lr))
         tasks = make_task_sets(configuration_for(source))[0]
+        asks('all training tasks', len(tasks))
         found, right = steering.searched_table(frozen, table, tasks, pairs, plan)
         whole = (right == pairs).sum()
         print(f'{len(right)} rows, found in {steps} steps on {pairs} pairs each: {right.sum()} of {pairs * len(right)} '

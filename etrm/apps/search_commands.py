@@ -18,6 +18,7 @@ import typer
 from torch import Tensor
 
 from ..basics.files import markdown_table, new_file
+from ..basics.provenance import asks
 from ..tasks.task import Task, check_fits, fits
 from ..tasks.reading import load_tasks
 from ..model.decoder import Decoder
@@ -114,6 +115,7 @@ def search(
     if library is not None and (steps is not None or views > 1): raise ValueError("--chains searches in one view, by the steps of --stages: leave out --steps and --views")
     place, source, every = announced(device), Checkpoint(decoder), load_tasks(tasks, require_solutions=False)
     asked = that_fit(every, sizes_of(source).canvas, skip_too_large)
+    asks(tasks, len(asked), 'given')
     with new_file(out) as write:
         if library is None:
             frozen, start, config = start_of(source, lr, place)

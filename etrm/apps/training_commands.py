@@ -17,6 +17,7 @@ import typer
 
 from ..basics.files import markdown_table, new_file
 from ..basics.distributed import is_rank_zero
+from ..basics.provenance import asks, configured
 from ..tasks.reading import read_json
 from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..evaluation.intervals import Rate
@@ -128,6 +129,8 @@ def study(
     with new_file(out) as write:
         folder, changes = runs / f'study-{found.name}', tuple(overrides or ())
         rows = study_runs.run_study(found, decoder, folder, some, few, changes, place)
+        configured(found)
+        for row in rows: asks(row['set'], row['n'])  # of earlier calls as well
         print(json.dumps(rows) if as_json else study_table(rows))
         write(json.dumps(rows))
 

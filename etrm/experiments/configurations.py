@@ -17,6 +17,7 @@ from pydantic import Field, model_validator, ValidationError
 
 from ..basics.plain_yaml import read_plain_yaml
 from ..basics.settings import deep_update, Settings, read_override
+from ..basics.provenance import configured
 from ..tasks.splits import TasksConfig
 from ..model.decoder import DecoderConfig
 from ..model.encoders import EncoderConfig
@@ -175,5 +176,7 @@ def load_config(
     "Read a configuration, with its base and overrides."
     found = read_yaml(name)
     for override in overrides: found = deep_update(found, read_override(override))
-    try: return ExperimentConfig.model_validate(found)
+    try: config = ExperimentConfig.model_validate(found)
     except ValidationError as error: raise ValueError(explain(error, name)) from error
+    configured(config)
+    return config

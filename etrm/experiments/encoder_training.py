@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..basics.devices import where_is
+from ..basics.provenance import asks
 from ..tasks.grids import PAD
 from ..tasks.task import Task
 from ..data.puzzles import puzzle_data, PuzzleData
@@ -21,12 +22,12 @@ from ..data.stream import Stream
 from ..model.decoder import Decoder
 from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder
-from ..search.search import with_rate
 from ..training.row_names import check_names
 from ..training.extras import Batch, contrast, Extras
 from ..training.trainer import Trainer
 from ..evaluation.answers import contexts_of, measure_answers
 from ..search.search import SearchConfig, descent, frozen
+from ..search.search import with_rate
 from .configurations import ExperimentConfig
 from .task_sets import validation_tasks
 from .runs import Run, RunState, TrainingCheckpoint
@@ -106,6 +107,7 @@ def measuring(
     lay_out = lambda tasks: Queries.of(puzzle_data(tasks, decoder.config.canvas), decoder, config.num_demos)
     queries = {name: lay_out(tasks) for name, tasks in asked.items()}
     def evaluate() -> dict[str, float]:
+        for name, tasks in asked.items(): asks(name, len(tasks))
         found = {name: measure_answers(decoder, q, contexts_of(encoder, q)[0]) for name, q in queries.items()}
         return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
     return evaluate
@@ -141,6 +143,7 @@ def train_encoder(
     sets: dict[str, list[Task]] | None = None,  # measured every `train.eval_every` updates
 ) -> DemoEncoder:  # with averaged weights
     "Train a demonstration encoder through the decoder."
+    asks('all training tasks', len(train))
     encoder = new_encoder(config, decoder, table).to(where_is(decoder))
     data = puzzle_data(train, decoder.config.canvas, config.tasks.num_aug, config.tasks.seed)
     if table is not None and (config.regression or config.train.rows):

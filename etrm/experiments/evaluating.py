@@ -12,6 +12,7 @@ from typing import Callable, Iterator
 import torch
 from torch import nn
 
+from ..basics.provenance import asks
 from ..tasks.task import Task
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
 from ..data.queries import Queries
@@ -111,6 +112,7 @@ def evaluate(
     for name, tasks in sets.items():
         beside = e.others and name != e.decides
         if beside: tasks = tasks[:e.others]
+        asks(name, len(tasks))
         data = puzzle_data(tasks, decoder.config.canvas, e.num_aug, config.tasks.seed)
         views, queries = new(name, data), Queries.of(data, decoder, config.num_demos, e.batch_size)
         controls = ('shuffled',) if beside else tuple(CONTROLS)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..basics.provenance import asks
 from ..tasks.task import Task
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
 from ..data.queries import Queries
@@ -65,7 +66,9 @@ def _train(
     if saved.resume(trainer): check_names(row_names(saved.place, len(table.weights)), data, saved.place)
     else: run.rewind(0)  # killed before its first save
     queries = Queries.of(unaugmented(tasks, data), decoder, batch_size=config.evaluation.batch_size)
-    def evaluate(): return {'eval/exact_accuracy': float(solved_queries(decoder, table, queries).mean())}
+    def evaluate():
+        asks('training tasks', len(tasks))
+        return {'eval/exact_accuracy': float(solved_queries(decoder, table, queries).mean())}
     trainer.run(run, evaluate, lambda: saved.save(trainer), until)
     # stopped by `until`: the averaged weights can be used, the state goes on from the live ones
     state = None if trainer.finished else copy.deepcopy(saved.state_of(trainer))
@@ -85,6 +88,7 @@ def pretrain(
     "Train a decoder and its table on the training tasks."
     if fresh_table and start is None: raise ValueError('fresh_table takes a decoder from a checkpoint: say which with start')
     train, sets = make_task_sets(config)
+    asks('all training tasks', len(train))
     data = puzzle_data(train, config.decoder.canvas, config.tasks.num_aug, config.tasks.seed)
     start = None if start is None else Checkpoint.of(start)
     torch.manual_seed(config.pretrain.seed)

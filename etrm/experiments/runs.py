@@ -19,6 +19,7 @@ from torch import nn
 
 from ..basics.files import new_file
 from ..basics.distributed import from_rank_zero, is_rank_zero
+from ..basics.provenance import working_on
 from ..tasks.reading import read_json
 from ..training.records import Record, lock_folder, new_run_folder
 from ..training.tracking import start_wandb
@@ -160,6 +161,7 @@ def open_run(
             begun = (folder / 'settings.json').exists()
             _claim(folder, settings)
             if begun: print(f'{folder} {_progress(folder)}', file=sys.stderr)
+            held.enter_context(working_on(folder, settings['config']))
         from_rank_zero(begin)
         tracked = start_wandb(folder, folder.name, settings['config']) if wandb_on and is_rank_zero() else None
         if tracked is not None: held.callback(tracked.finish)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..basics.files import new_file
+from ..basics.provenance import asks
 from ..tasks.task import digest, Task
 from ..tasks.reading import read_json
 from ..data.puzzles import puzzle_data
@@ -161,6 +162,7 @@ def _measured_all(
     "Rows of every set, and where the study asks for a search those after it."
     rows, new = [], new_to(config, run.checkpoint)
     for name, tasks in sets.items():
+        asks(name, len(tasks))
         bits = new_view_bits_by_input(new(name, puzzle_data(tasks, decoder.config.canvas)), tasks)
         rows += measured(decoder, encoder, config, tasks, dict(set=name, tasks_sha256=digest(tasks), new_views=bits))
     if not run.study.search_steps: return rows

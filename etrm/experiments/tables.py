@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from ..basics.provenance import asks
 from ..tasks.augmentations import Augmentation
 from ..tasks.task import Task
 from ..tasks.reading import load_challenges
@@ -151,6 +152,7 @@ def score_views(
     "Rows of the results, the table's beside copying the query, and the table's votes."
     rows, votes = [], {}
     for name, tasks in sets.items():
+        asks(name, len(tasks))
         row, votes[name] = score(name, 'table', answers_by_row(decoder, table, views[name], batch_size), tasks)
         copied = copy_answers(puzzle_data(tasks, decoder.config.canvas))
         rows += [row, score(name, 'copy', copied, tasks)[0]]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..basics.devices import where_is
+from ..basics.provenance import asks
 from ..tasks.task import Task, digest
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.queries import Demos, Queries
@@ -56,6 +57,7 @@ def asked_sets(
 ) -> Iterator[AskedSet]:
     "Each set, laid out when it is its turn."
     for name, tasks in sets.items():
+        asks(name, len(tasks))
         data = puzzle_data(tasks, decoder.config.canvas, num_aug)
         yield AskedSet(name, tasks, Queries.of(data, decoder, num_demos), new(name, data) if new else None)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..basics.files import note
 from ..basics.plain_yaml import read_plain_yaml
+from ..basics.provenance import is_collecting, reads
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder, EncoderConfig
@@ -111,6 +112,7 @@ class _CheckpointFiles:
     def sha256(self, file: Path) -> str:
         "The digest of one of its files."
         if file not in self._digests: self._digests[file] = sha256(file)
+        reads(file, self._digests[file])
         return self._digests[file]
 
     @cached_property
@@ -122,7 +124,9 @@ class _CheckpointFiles:
     @cached_property
     def tensors(self) -> dict[str, dict[str, Tensor]]:  # see `read_weights`
         "Its tensors by part: 'decoder', 'table' and 'encoder'."
-        return read_weights(self.weights_file, self.path, self.sha256)
+        found = read_weights(self.weights_file, self.path, self.sha256)
+        if is_collecting(): self.sha256(self.weights_file)  # where no list has had it compared
+        return found
 
     @cached_property
     def config(self) -> dict:
@@ -131,6 +135,7 @@ class _CheckpointFiles:
             raise CheckpointError(f'{self.config_file} is missing: sizes like L_cycles are not in the weights and must not be guessed')
         verify_checksum(self.config_file, self.sha256)
         found = read_plain_yaml(self.config_file, CheckpointError)
+        if is_collecting(): self.sha256(self.config_file)
         if isinstance(found, dict) and all(isinstance(k, str) for k in found): return found
         raise CheckpointError(f'{self.config_file} is not a configuration')
 

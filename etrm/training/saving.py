@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checksums import CheckpointError, verify_checksum, write_checksums
+from ..basics.provenance import reads
+from .checksums import CheckpointError, sha256, verify_checksum, write_checksums
 from .weights import read_torch
 
 # %% ../../nbs/api/4_training/06_saving.ipynb #06c34113
@@ -75,11 +76,17 @@ def save_checkpoint(
     remove(old)
 
 # %% ../../nbs/api/4_training/06_saving.ipynb #4333f2ef
+def _noted(file: Path) -> str:
+    "The digest of a file that is read."
+    reads(file, digest := sha256(file))
+    return digest
+
+
 def load_training_state(path: str | Path) -> dict:
     "What `save_checkpoint` kept for resuming; nothing in the file is executed."
     file = Path(path) / 'training_state.pt'
     if not file.exists(): raise CheckpointError(f'{file} is missing: this checkpoint was saved to be used, not resumed')
-    verify_checksum(file)
+    verify_checksum(file, _noted)
     found = read_torch(file)
     if not isinstance(found, dict): raise CheckpointError(f'{file} is not a training state')
     return found
