@@ -6,4 +6,9 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/8_apps/00_index.ipynb #ea7002df
-MODULES = ('exploration', 'explorer', 'plain_step', 'timing', 'bench_steps', 'bench', 'bench_data', 'neighbours', 'inspection', 'commands', 'training_commands', 'evaluation_commands', 'search_commands', 'measuring_commands', 'file_commands', 'bench_commands', 'recipes', 'recipe_steps', 'recipe_runs', 'recipe_commands', 'cli')  # in reading order
+MODULES = (  # in reading order
+    'exploration', 'explorer', 'plain_step', 'timing', 'bench_steps', 'bench', 'bench_data',
+    'neighbours', 'inspection', 'commands', 'training_commands', 'evaluation_commands',
+    'search_commands', 'measuring_commands', 'file_commands', 'bench_commands',
+    'recipes', 'recipe_steps', 'recipe_runs', 'recipe_commands', 'cli',
+)

@@ -20,8 +20,8 @@ from ..basics.files import new_file
 from ..basics.distributed import is_rank_zero
 from ..basics.provenance import configured
 from ..tasks.reading import load_tasks, read_json
-from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from ..training.records import read_record
+from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from ..evaluation.votes import Votes
 from ..evaluation.submissions import score_submission, submission as submission_of
 from ..experiments.configurations import ExperimentConfig

@@ -20,8 +20,8 @@ import typer
 from ..basics.files import markdown_table, new_file, new_folder
 from ..basics.provenance import asks, configured
 from ..tasks.task import Task
-from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..training.saving import save_checkpoint
+from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_search, png_bytes
 from ..search.search import SearchConfig, search_rate

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..basics.files import markdown_table, new_file
 from ..basics.provenance import asks
-from ..tasks.reading import load_tasks
 from ..tasks.task import Task, check_fits, fits
+from ..tasks.reading import load_tasks
 from ..model.decoder import Decoder
 from ..model.encoders import DemoEncoder
 from ..training.checksums import CheckpointError

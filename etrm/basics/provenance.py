@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from .. import __version__
-from .distributed import is_rank_zero, world_size
 from .files import new_file, read_file
 from .settings import Settings
+from .distributed import is_rank_zero, world_size
 
 # %% ../../nbs/api/0_basics/07_provenance.ipynb #72025202
 def _git(*arguments: str) -> str:  # '' where git has no answer

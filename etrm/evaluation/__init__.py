@@ -6,4 +6,7 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/5_evaluation/00_index.ipynb #f3806899
-MODULES = ('votes', 'intervals', 'scores', 'submissions', 'answers', 'checks', 'verdict', 'rule_share', 'plots')  # in reading order
+MODULES = (  # in reading order
+    'votes', 'intervals', 'scores', 'submissions', 'answers', 'checks', 'verdict', 'rule_share',
+    'plots',
+)

@@ -6,4 +6,8 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/7_experiments/00_index.ipynb #fbf08f39
-MODULES = ('sections', 'configurations', 'task_sets', 'run_settings', 'runs', 'loading', 'pretraining', 'regression', 'encoder_training', 'evaluating', 'verdicts', 'experiment', 'tables', 'studies', 'study_runs', 'comparisons', 'side_by_side')  # in reading order
+MODULES = (  # in reading order
+    'sections', 'configurations', 'task_sets', 'run_settings', 'runs', 'loading', 'pretraining',
+    'regression', 'encoder_training', 'evaluating', 'verdicts', 'experiment', 'tables',
+    'studies', 'study_runs', 'comparisons', 'side_by_side',
+)

@@ -36,7 +36,8 @@ def summarise(
     for variant in dict.fromkeys(r['variant'] for r in rows):
         for name in dict.fromkeys(r['set'] for r in rows):
             asked_the_same(chosen(rows, set=name, method=method), name)
-            found.setdefault(variant, {})[name] = _pooled(chosen(rows, variant=variant, set=name, method=method), measure)
+            own = chosen(rows, variant=variant, set=name, method=method)
+            found.setdefault(variant, {})[name] = _pooled(own, measure)
     return found
 
 
@@ -57,7 +58,7 @@ def paired(
     methods: tuple[str, str] = ('encoder', 'encoder'),  # of the first and the second
     draws: int = 2000,
 ) -> tuple[float, float, float]:  # mean of first - second, and its 95% bounds
-    "The paired difference of two variants over the same seeds and queries, with `mean_difference`'s bootstrap interval over queries."
+    "The difference of two variants, paired by seed and query, with `mean_difference`'s interval over queries."
     both = [chosen(rows, variant=v, set=on, method=m) for v, m in zip((first, second), methods)]
     asked_the_same([*both[0], *both[1]], on)
     a, b = ({r['seed']: r[measure] for r in these} for these in both)

@@ -16,8 +16,8 @@ from typing import Any, Iterator, Literal, get_args
 from pydantic import Field, model_validator, ValidationError
 
 from ..basics.plain_yaml import read_plain_yaml
-from ..basics.provenance import configured
 from ..basics.settings import deep_update, Settings, read_override
+from ..basics.provenance import configured
 from ..tasks.splits import TasksConfig
 from ..model.decoder import DecoderConfig
 from ..model.encoders import EncoderConfig

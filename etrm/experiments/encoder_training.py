@@ -22,12 +22,12 @@ from ..data.stream import Stream
 from ..model.decoder import Decoder
 from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder
-from ..search.search import with_rate
 from ..training.row_names import check_names
 from ..training.extras import Batch, contrast, Extras
 from ..training.trainer import Trainer
 from ..evaluation.answers import contexts_of, measure_answers
 from ..search.search import SearchConfig, descent, frozen
+from ..search.search import with_rate
 from .configurations import ExperimentConfig
 from .task_sets import validation_tasks
 from .runs import Run, RunState, TrainingCheckpoint
@@ -75,7 +75,8 @@ def search_refinement(
     "A refinement: the context after a search on the demonstrations, whose way is a constant (arXiv 2411.08706)."
     def refine(context: Tensor, batch: Batch) -> Tensor:
         with frozen(decoder):
-            *_, (found, _) = descent(decoder, Demos.of(batch), context, config)  # `Faults` notes what is not finite, without waiting
+            # what is not finite `Faults` notes, without waiting
+            *_, (found, _) = descent(decoder, Demos.of(batch), context, config)
         return context + (found - context.detach())
     return refine
 
@@ -111,6 +112,26 @@ def measuring(
         return {f'eval/{name}/{key}': float(values.mean()) for name, m in found.items() for key, values in m.items()}
     return evaluate
 
+# %% ../../nbs/api/7_experiments/09_encoder_training.ipynb #2549c1f3
+def _begin(
+    config: ExperimentConfig,
+    encoder: DemoEncoder,
+    table: PuzzleEmbedding | None,
+    data: PuzzleData,
+    record: Run | Callable[[int, dict[str, float]], None],
+):
+    "What comes before the first update through the decoder."
+    if config.regression: regress(encoder, table, data, config, record)
+    elif isinstance(record, Run): record.rewind(0)  # killed before its first save
+
+
+def _stream(config: ExperimentConfig, decoder: Decoder, data: PuzzleData, train: list[Task]) -> Stream:
+    "The batches of an encoder's training."
+    c, crops = config.train, decoder.config.crop is not None
+    opens = opening_updates(train, data, config.curriculum * c.steps) if config.curriculum else None
+    drawn = dict(query=config.query, translate=config.translate, demos=config.demos, opens=opens)
+    return Stream(data, c.global_batch_size, c.seed, config.num_demos, extents=crops, **drawn)
+
 # %% ../../nbs/api/7_experiments/09_encoder_training.ipynb #83a93ccd
 def train_encoder(
     config: ExperimentConfig,
@@ -142,17 +163,3 @@ def train_encoder(
         if trainer.ema: trainer.ema.swap(trainer.modules)
         if saved and trainer.finished: saved.finish()
     return encoder.eval()
-
-
-def _begin(config: ExperimentConfig, encoder: DemoEncoder, table: PuzzleEmbedding | None, data: PuzzleData, record):
-    "What comes before the first update through the decoder."
-    if config.regression: regress(encoder, table, data, config, record)
-    elif isinstance(record, Run): record.rewind(0)  # killed before its first save
-
-
-def _stream(config: ExperimentConfig, decoder: Decoder, data: PuzzleData, train: list[Task]) -> Stream:
-    "The batches of an encoder's training."
-    c, crops = config.train, decoder.config.crop is not None
-    opens = opening_updates(train, data, config.curriculum * c.steps) if config.curriculum else None
-    drawn = dict(query=config.query, translate=config.translate, demos=config.demos, opens=opens)
-    return Stream(data, c.global_batch_size, c.seed, config.num_demos, extents=crops, **drawn)

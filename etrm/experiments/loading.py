@@ -19,9 +19,9 @@ from ..data.puzzles import puzzle_data, PuzzleData
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder
-from ..search.search import with_rate
 from ..training.checksums import CheckpointError
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
+from ..search.search import with_rate
 from .configurations import ExperimentConfig, explain
 from .task_sets import newness
 from .run_settings import with_defaults

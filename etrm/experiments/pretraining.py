@@ -50,6 +50,31 @@ def start_from(
     load_strictly(table, start.tensors['table'], str(start))
     check_names(row_names(start, len(table.weights)), data, start)
 
+# %% ../../nbs/api/7_experiments/07_pretraining.ipynb #791d8362
+def _train(
+    config: ExperimentConfig,
+    saved: TrainingCheckpoint,  # of a decoder and its table
+    data: PuzzleData,
+    tasks: list[Task],  # that are measured on the way
+    until: int | None,
+):
+    "The updates that are still to be made, and the save at their end."
+    c, run, decoder, table = config.pretrain, saved.run, *saved.parts.values()
+    crops = decoder.config.crop is not None
+    stream = Stream(data, c.global_batch_size, c.seed, translate=config.translate, extents=crops)
+    trainer = Trainer(decoder, table, stream, c)
+    if saved.resume(trainer): check_names(row_names(saved.place, len(table.weights)), data, saved.place)
+    else: run.rewind(0)  # killed before its first save
+    queries = Queries.of(unaugmented(tasks, data), decoder, batch_size=config.evaluation.batch_size)
+    def evaluate():
+        asks('training tasks', len(tasks))
+        return {'eval/exact_accuracy': float(solved_queries(decoder, table, queries).mean())}
+    trainer.run(run, evaluate, lambda: saved.save(trainer), until)
+    # stopped by `until`: the averaged weights can be used, the state goes on from the live ones
+    state = None if trainer.finished else copy.deepcopy(saved.state_of(trainer))
+    if trainer.ema: trainer.ema.swap(trainer.modules)
+    saved.finish(state)
+
 # %% ../../nbs/api/7_experiments/07_pretraining.ipynb #21de1ac1
 def pretrain(
     config: ExperimentConfig,
@@ -75,22 +100,3 @@ def pretrain(
         if saved.state is RunState.TRAINED: saved.load()
         else: _train(config, saved, data, sets['training tasks'], until)
     return decoder.eval(), table.eval()
-
-
-def _train(config: ExperimentConfig, saved: TrainingCheckpoint, data: PuzzleData, tasks: list[Task], until: int | None):
-    "The updates that are still to be made, and the save at their end."
-    c, run, decoder, table = config.pretrain, saved.run, *saved.parts.values()
-    crops = decoder.config.crop is not None
-    stream = Stream(data, c.global_batch_size, c.seed, translate=config.translate, extents=crops)
-    trainer = Trainer(decoder, table, stream, c)
-    if saved.resume(trainer): check_names(row_names(saved.place, len(table.weights)), data, saved.place)
-    else: run.rewind(0)  # killed before its first save
-    queries = Queries.of(unaugmented(tasks, data), decoder, batch_size=config.evaluation.batch_size)
-    def evaluate():
-        asks('training tasks', len(tasks))
-        return {'eval/exact_accuracy': float(solved_queries(decoder, table, queries).mean())}
-    trainer.run(run, evaluate, lambda: saved.save(trainer), until)
-    # stopped by `until`: the averaged weights can be used, the state goes on from the live ones
-    state = None if trainer.finished else copy.deepcopy(saved.state_of(trainer))
-    if trainer.ema: trainer.ema.swap(trainer.modules)
-    saved.finish(state)

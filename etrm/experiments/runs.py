@@ -19,6 +19,7 @@ from torch import nn
 
 from ..basics.files import new_file
 from ..basics.distributed import from_rank_zero, is_rank_zero
+from ..basics.provenance import working_on
 from ..tasks.reading import read_json
 from ..training.records import Record, lock_folder, new_run_folder
 from ..training.tracking import start_wandb
@@ -31,7 +32,6 @@ from ..training.pace import save_with_retries
 from ..training.loop import Loop
 from .configurations import ExperimentConfig
 from .run_settings import compared, differences, with_defaults
-from ..basics.provenance import working_on
 
 # %% ../../nbs/api/7_experiments/05_runs.ipynb #8333e02b
 def run_folder(
@@ -124,7 +124,7 @@ def _progress(
     of = ' of the regression' if name == 'regression' else ''
     return f'goes on after update {load_training_state(folder / name).get("updates")}{of}'
 
-# %% ../../nbs/api/7_experiments/05_runs.ipynb #eda33cc9
+# %% ../../nbs/api/7_experiments/05_runs.ipynb #e1268d10
 class Run(Record):
     "The record of a run whose folder this process holds."
     def __init__(self,
@@ -143,7 +143,7 @@ class Run(Record):
         "That training made, as the last of its rows says."
         return max(row['step'] for row in self.rows if 'train/lr' in row)
 
-
+# %% ../../nbs/api/7_experiments/05_runs.ipynb #eda33cc9
 @contextmanager
 def open_run(
     folder: str | Path,  # made where it is missing; one that is there goes on

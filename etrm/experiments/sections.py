@@ -28,7 +28,7 @@ def leave_out(
     section: str,  # a key of NOT_READ
     saved: bool,  # with a checkpoint, where such a key had no effect whatever it says
 ):
-    "What is written in a section without the keys that nobody reads; one that asks for something stays, and is an error."
+    "What a section says, without the keys that nobody reads; one that asks for something stays, and is an error."
     if not isinstance(found, dict): return found
     old = NOT_READ[section]
     return {k: v for k, v in found.items() if k not in old or not saved and v != old[k]}

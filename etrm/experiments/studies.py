@@ -50,7 +50,7 @@ class Study(Settings):
         raise ValueError(f'study {self.name} has no seed {strange[0]}{of}; there are {", ".join(map(str, there))}')
 
     def config(self, variant: str, seed: int, overrides: tuple[str, ...] = ()) -> ExperimentConfig:
-        "The configuration of one run, before equal compute. Overrides change the base: what a variant is about it keeps."
+        "The configuration of one run, before equal compute. Overrides change the base, not what a variant is about."
         if variant not in self.variants:
             raise ValueError(f'study {self.name} has no variant {variant!r}; there are {", ".join(self.variants)}')
         given = (*overrides, *self.variants[variant])

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..basics.files import new_file
 from ..basics.provenance import asks
-from ..tasks.reading import read_json
 from ..tasks.task import digest, Task
+from ..tasks.reading import read_json
 from ..data.puzzles import puzzle_data
 from ..data.queries import Queries
 from ..data.stream import Stream
@@ -56,7 +56,8 @@ def update_flops(
     data = puzzle_data(make_task_sets(few)[0], decoder.config.canvas)
     decoder, encoder = copy.deepcopy(decoder).cpu(), new_encoder(config, decoder, table)
     stream = Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None)
-    extras = extras_of(config.with_(train=dict(rows=0.)), decoder, encoder, table)  # the rows' losses cost next to nothing
+    cheap = config.with_(train=dict(rows=0.))  # the rows' losses cost next to nothing
+    extras = extras_of(cheap, decoder, encoder, table)
     trainer = Trainer(decoder, encoder, stream, config.train, extras)
     with FlopCounterMode(display=False) as counter: trainer.step()
     return counter.get_total_flops()
@@ -100,8 +101,9 @@ class StudyRun:
     def settings(self) -> dict:
         "As of `settings_of`."
         (config, base), study = self.configs(), self.study
-        more = dict(base=base.model_dump(mode='json')) if study.equal_compute else {}
-        return settings_of('study', config, dict(decoder=self.checkpoint), equal_compute=study.equal_compute, search_steps=study.search_steps, **more)
+        more = dict(equal_compute=study.equal_compute, search_steps=study.search_steps)
+        if study.equal_compute: more['base'] = base.model_dump(mode='json')
+        return settings_of('study', config, dict(decoder=self.checkpoint), **more)
 
 # %% ../../nbs/api/7_experiments/15_study_runs.ipynb #16a232fd
 Newness = Callable[[str, object], dict[str, bool]]  # as `newness` gives it
@@ -149,6 +151,23 @@ def last_values(
     last = {k: [r[k] for r in rows[-max(1, len(rows) // 4):] if not np.isnan(r[k])] for k in keys}
     return {k: float(np.mean(values)) if values else None for k, values in last.items()}
 
+# %% ../../nbs/api/7_experiments/15_study_runs.ipynb #084ca8ea
+def _measured_all(
+    run: StudyRun,
+    config: ExperimentConfig,
+    decoder: Decoder,
+    encoder: nn.Module,
+    sets: dict[str, list[Task]],
+) -> list[dict]:
+    "Rows of every set, and where the study asks for a search those after it."
+    rows, new = [], new_to(config, run.checkpoint)
+    for name, tasks in sets.items():
+        asks(name, len(tasks))
+        bits = new_view_bits_by_input(new(name, puzzle_data(tasks, decoder.config.canvas)), tasks)
+        rows += measured(decoder, encoder, config, tasks, dict(set=name, tasks_sha256=digest(tasks), new_views=bits))
+    if not run.study.search_steps: return rows
+    return rows + measured_searched(decoder, encoder, config, sets, run.study.search_steps, new)
+
 # %% ../../nbs/api/7_experiments/15_study_runs.ipynb #1720839d
 def run_variant(
     run: StudyRun,
@@ -168,22 +187,12 @@ def run_variant(
     encoder = train_encoder(config, decoder, table, train, record)
     c, weights = config.train, sum(p.numel() for p in encoder.parameters())
     about = dict(study=run.study.name, variant=run.variant, seed=run.seed, steps=c.steps, batch=c.global_batch_size,
-                 flops=cost * c.steps, weights=weights, seconds=round(time.monotonic() - began, 1)) | last_values(record.rows)
+                 flops=cost * c.steps, weights=weights, seconds=round(time.monotonic() - began, 1))
+    about |= last_values(record.rows)
     rows = [about | row for row in _measured_all(run, config, decoder, encoder, sets)]
     with new_file(record.folder / 'rows.json') as write: write(json.dumps(rows))
 
-
-def _measured_all(run: StudyRun, config: ExperimentConfig, decoder: Decoder, encoder: nn.Module, sets: dict[str, list[Task]]) -> list[dict]:
-    "Rows of every set, and where the study asks for a search those after it."
-    rows, new = [], new_to(config, run.checkpoint)
-    for name, tasks in sets.items():
-        asks(name, len(tasks))
-        bits = new_view_bits_by_input(new(name, puzzle_data(tasks, decoder.config.canvas)), tasks)
-        rows += measured(decoder, encoder, config, tasks, dict(set=name, tasks_sha256=digest(tasks), new_views=bits))
-    if not run.study.search_steps: return rows
-    return rows + measured_searched(decoder, encoder, config, sets, run.study.search_steps, new)
-
-# %% ../../nbs/api/7_experiments/15_study_runs.ipynb #6721920b
+# %% ../../nbs/api/7_experiments/15_study_runs.ipynb #cd5254d2
 def finished(
     folder: Path,
     study: Study,
@@ -197,7 +206,7 @@ def finished(
         check_settings(out, settings[out.name])
     return [out / 'rows.json' for out in found]
 
-
+# %% ../../nbs/api/7_experiments/15_study_runs.ipynb #6721920b
 def run_study(
     study: Study,
     checkpoint: str | Path | Checkpoint,  # of the pre-trained decoder
@@ -217,5 +226,6 @@ def run_study(
         asked = (not variants or run.variant in variants) and (seeds is None or run.seed in seeds)
         if not asked or run_state(folder / run.name) is RunState.FINISHED: continue
         with open_run(folder / run.name, settings[run.name]) as record:
-            if record.state is not RunState.FINISHED: run_variant(run, record, device)  # else another process was faster
+            if record.state is RunState.FINISHED: continue  # another process was faster
+            run_variant(run, record, device)
     return [row for path in finished(folder, study, settings) for row in read_json(path)]

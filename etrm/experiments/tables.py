@@ -16,10 +16,10 @@ from pydantic import ValidationError
 
 from ..basics.provenance import asks
 from ..tasks.augmentations import Augmentation
-from ..tasks.patterns import onehot_programs, pattern_tasks
+from ..tasks.task import Task
 from ..tasks.reading import load_challenges
 from ..tasks.rules import Rule, sample_rules
-from ..tasks.task import Task
+from ..tasks.patterns import onehot_programs, pattern_tasks
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.dataset import read_dataset, read_identifiers
 from ..data.queries import Queries
@@ -205,7 +205,8 @@ def features_of_rules(
     config: ExperimentConfig,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) which training tasks have one rule, from 0; (n, f) that rule's features
     "What is known of the rules of procedural training tasks, compositions left out."
-    if config.tasks.source == 'pattern': return np.arange(config.tasks.max_train_groups), onehot_programs(_patterns(config))
+    if config.tasks.source == 'pattern':
+        return np.arange(config.tasks.max_train_groups), onehot_programs(_patterns(config))
     rules = _rules(config)
     single = np.array([i for i, rule in enumerate(rules) if len(rule.parts) == 1], int)
     return single, onehot_rules([rules[i] for i in single])

@@ -36,7 +36,8 @@ class SearchConfig(Settings):
     "How a context is searched."
     steps: int = Field(100, ge=0, description='gradient steps; 0 answers from the start')
     lr: float | None = Field(
-        .05, ge=0, description="rate, in the contexts' own units; null: 0.14 of an encoder's spread, see `encoder_rate`")
+        .05, ge=0,
+        description="rate, in the contexts' own units; null: 0.14 of an encoder's spread, see `encoder_rate`")
     rule: SearchRule = Field('adam', description='how it steps: by Adam, or by the gradient at RMS 1')
     supervision_steps: int | None = Field(
         None, ge=1, description="the decoder's, whose losses a gradient step adds up; null: 2, or 1 of 1")

@@ -6,4 +6,7 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/1_tasks/00_index.ipynb #7ea9d8a1
-MODULES = ('grids', 'augmentations', 'canonical', 'drawing', 'task', 'reading', 'leakage', 'family', 'families', 'rules', 'patterns', 'rearc', 'rearc_pairs', 'splits')  # in reading order
+MODULES = (  # in reading order
+    'grids', 'augmentations', 'canonical', 'drawing', 'task', 'reading', 'leakage', 'family',
+    'families', 'rules', 'patterns', 'rearc', 'rearc_pairs', 'splits',
+)

@@ -10,8 +10,8 @@ from itertools import combinations
 
 import numpy as np
 
-from .canonical import canonical_pairs
 from .grids import grids_to_tokens
+from .canonical import canonical_pairs
 from .task import Task
 
 # %% ../../nbs/api/1_tasks/07_leakage.ipynb #abede9fa

@@ -37,7 +37,7 @@ def pattern_split(
     bucket = int(hash_grids([(pair.input, pair.output)], len(program))[0]) % 16
     return 'train' if bucket < 10 else 'validation' if bucket < 12 else 'instances'
 
-# %% ../../nbs/api/1_tasks/11_patterns.ipynb #daaac2f3
+# %% ../../nbs/api/1_tasks/11_patterns.ipynb #0c6b0a5d
 def _programs(split: str, n: int, seed: int, side: int, places: int) -> list[tuple[np.ndarray, np.ndarray]]:
     "So many programs of a split, each with an order of the places it may lie at."
     of = 'train' if split == 'fresh' else split
@@ -50,7 +50,7 @@ def _programs(split: str, n: int, seed: int, side: int, places: int) -> list[tup
     if len(found) == n: return list(found.values())
     raise FamilyError(f'split {split!r} has hardly more than {len(found)} patterns of side {side}, not {n}: ask for fewer or a larger side')
 
-
+# %% ../../nbs/api/1_tasks/11_patterns.ipynb #daaac2f3
 def pattern_tasks(
     split: str,  # train, validation, instances; or fresh: training programs at other places
     n: int,  # how many, each another program; a longer list starts with the shorter one

@@ -31,15 +31,19 @@ def read_pairs(
     file = Path(file) if file else shipped_pairs()
     if not file.is_file(): raise TaskError(f'{file} is not there: make rearc ARGS="--out {file}" makes a set of RE-ARC pairs, or leave tasks.pairs empty for the one that is shipped')
     try:
-        with np.load(file) as found: rules, counts, shapes, cells = (found[name] for name in ('rules', 'counts', 'shapes', 'cells'))
+        with np.load(file) as found:
+            rules, counts, shapes, cells = (found[name] for name in ('rules', 'counts', 'shapes', 'cells'))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise TaskError(f'{file} is no set of RE-ARC pairs ({error}): make rearc makes one') from error
     areas = shapes.astype(int).prod(-1)  # (N, 2)
-    whole = shapes.shape == (len(areas), 2, 2) and len(counts) == len(rules) and counts.sum() == len(areas) and len(cells) == -(-areas.sum() // 2)
+    whole = (shapes.shape == (len(areas), 2, 2) and len(counts) == len(rules)
+             and counts.sum() == len(areas) and len(cells) == -(-areas.sum() // 2))
     if not whole: raise TaskError(f'{file} is not whole: {len(rules)} rules, {counts.sum()} pairs by their counts, {len(areas)} by their shapes; make it again')
     cells = np.stack([cells // 16, cells % 16], 1).ravel()[:areas.sum()]
     if len(cells) and cells.max() > 9: raise TaskError(f'{file} has the colour {cells.max()}: colours are 0 to 9; make it again')
-    grids = [cells[stop - area:stop].reshape(shape) for stop, area, shape in zip(areas.ravel().cumsum(), areas.ravel(), shapes.reshape(-1, 2))]
+    stops = areas.ravel().cumsum()
+    each = zip(stops, areas.ravel(), shapes.reshape(-1, 2))
+    grids = [cells[stop - area:stop].reshape(shape) for stop, area, shape in each]
     for grid in grids: grid.flags.writeable = False
     pairs = [Pair(a, b) for a, b in zip(grids[::2], grids[1::2])]
     return {str(rule): pairs[stop - k:stop] for rule, k, stop in zip(rules, counts, counts.cumsum())}

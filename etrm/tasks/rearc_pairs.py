@@ -49,7 +49,7 @@ def problem(
     return None if solved == pair['output'] else 'verifier disagrees'
 
 
-# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #6b771aa2
+# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #e92762b2
 class TooSlow(BaseException):
     "A rule took longer than it may; no `except Exception` of a generator or verifier takes it for a failure."
 
@@ -65,7 +65,7 @@ def at_most(seconds: float):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-
+# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #6b771aa2
 def pairs_of_rule(
     rule: str,  # the name of its task
     generator: Callable,
@@ -103,7 +103,7 @@ def write_pairs(
     np.savez_compressed(file, rules=np.array(list(pairs)), counts=np.array([len(p) for p in pairs.values()], np.int32),
                         shapes=shapes, cells=cells[::2] * 16 + cells[1::2], about=json.dumps(about))
 
-# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #5a706962
+# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #745ee0de
 def rules_of_rearc() -> dict[str, tuple[Callable, Callable]]:  # by task: generator, verifier
     "RE-ARC's programs, from reasoning-gym."
     try:
@@ -120,7 +120,7 @@ def draw_rule(asked: tuple[str, Wanted]) -> tuple[str, list[tuple], Counter]:
     rule, wanted = asked
     return rule, *pairs_of_rule(rule, *rules_of_rearc()[rule], wanted)
 
-
+# %% ../../nbs/api/1_tasks/13_rearc_pairs.ipynb #5a706962
 def main(arguments: list[str] | None = None):
     "Draw pairs of all rules and write them."
     defaults = Wanted()
@@ -128,7 +128,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('--out', type=Path, required=True, help='the file to write, as rearc.npz')
     parser.add_argument('--side', type=int, default=defaults.side, help='of the canvas that both grids fit')
     parser.add_argument('--pairs', type=int, default=defaults.pairs, help='of each rule, at most')
-    parser.add_argument('--difficulties', type=float, nargs='+', default=defaults.difficulties, help='upper bounds, 0 to 1, taken in turn')
+    parser.add_argument('--difficulties', type=float, nargs='+', default=defaults.difficulties,
+                        help='upper bounds, 0 to 1, taken in turn')
     parser.add_argument('--tries', type=int, default=defaults.tries, help='for each pair that is wanted')
     parser.add_argument('--seconds', type=float, default=defaults.seconds, help='for each rule, at most')
     parser.add_argument('--seed', type=int, default=defaults.seed)
@@ -138,9 +139,11 @@ def main(arguments: list[str] | None = None):
     out, processes, only = (given.pop(name) for name in ('out', 'processes', 'rules'))
     if out.suffix != '.npz': parser.error(f'--out is {out}: it has to end in .npz')
     if not 1 <= given['side'] <= 30: parser.error(f"--side is {given['side']}: grids have 1 to 30 cells a side")
-    if bad := [d for d in given['difficulties'] if not 0 <= d <= 1]: parser.error(f'--difficulties has {bad[0]}: 0 is easy and 1 is hard')
+    if bad := [d for d in given['difficulties'] if not 0 <= d <= 1]:
+        parser.error(f'--difficulties has {bad[0]}: 0 is easy and 1 is hard')
     wanted, rules = Wanted(**given | dict(difficulties=tuple(given['difficulties']))), list(rules_of_rearc())
-    if unknown := sorted(set(only or ()) - set(rules)): parser.error(f'there is no rule {unknown[0]!r}: they are named as the training tasks of ARC-AGI-1')
+    if unknown := sorted(set(only or ()) - set(rules)):
+        parser.error(f'there is no rule {unknown[0]!r}: they are named as the training tasks of ARC-AGI-1')
     out.parent.mkdir(parents=True, exist_ok=True)
     found, dropped = {}, Counter()
     with Pool(processes) as pool:

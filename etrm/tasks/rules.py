@@ -219,7 +219,7 @@ def hash_grids(
             tokens[side, i, :grid.shape[0], :grid.shape[1]] = grid + COLOUR_OFFSET
     return canonical_pairs(*tokens.reshape(2, len(pairs), -1), canvas)
 
-# %% ../../nbs/api/1_tasks/10_rules.ipynb #e08c9c63
+# %% ../../nbs/api/1_tasks/10_rules.ipynb #c701ea3d
 @dataclass(frozen=True)
 class _PairDraw:
     "Which pairs are drawn for each of some rules."
@@ -240,7 +240,7 @@ def _task(rule: Rule, pairs: dict, num_train: int) -> Task:
     made_by = {'family': rule.family, 'params': rule.params}
     return Task(rule.name, pairs[:num_train], pairs[num_train:], made_by)
 
-
+# %% ../../nbs/api/1_tasks/10_rules.ipynb #e08c9c63
 def _drawn_tasks(rules: tuple[Rule, ...], draw: _PairDraw) -> tuple[Task, ...]:
     "Pairs of all rules together, until each has as many as it needs."
     pool = np.array(POOLS[draw.split], np.uint64)

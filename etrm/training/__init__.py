@@ -6,4 +6,8 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/4_training/00_index.ipynb #c494aeb7
-MODULES = ('optim', 'records', 'tracking', 'checksums', 'weights', 'saving', 'sizes', 'row_names', 'checkpoints', 'description', 'official', 'gradients', 'statistics', 'stopping', 'faults', 'pace', 'clock', 'loop', 'extras', 'trainer')  # in reading order
+MODULES = (  # in reading order
+    'optim', 'records', 'tracking', 'checksums', 'weights', 'saving', 'sizes', 'row_names',
+    'checkpoints', 'description', 'official', 'gradients', 'statistics', 'stopping', 'faults',
+    'pace', 'clock', 'loop', 'extras', 'trainer',
+)

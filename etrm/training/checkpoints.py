@@ -37,11 +37,17 @@ def holds_weights(folder: Path) -> bool:
     return folder.is_dir() and ((folder / 'model.safetensors').exists() or bool(_official_files(folder)))
 
 
+def _where_shipped(path: Path) -> str:
+    "Where to look for a checkpoint that comes with the repository."
+    if path.is_absolute() or path.parts[:1] != ('checkpoints',): return ''
+    return '; those that are shipped lie in the repository, whose folder is the one to be in, and are not installed with the package'
+
+
 def weights_file(path: str | Path) -> Path:
     "The file that holds a checkpoint's weights: the one named, or the only one of a folder."
     path = Path(path)
     if path.is_file(): return path
-    if not path.is_dir(): raise CheckpointError(f'there is no checkpoint at {path}')
+    if not path.is_dir(): raise CheckpointError(f'there is no checkpoint at {path}{_where_shipped(path)}')
     if (path / 'model.safetensors').exists(): return path / 'model.safetensors'
     steps = _official_files(path)
     if len(steps) == 1: return steps[0]

@@ -15,7 +15,7 @@ from ..model.layers import swiglu_width
 from ..model.decoder import DecoderConfig
 from .checksums import CheckpointError
 
-# %% ../../nbs/api/4_training/07_sizes.ipynb #a1084b6a
+# %% ../../nbs/api/4_training/07_sizes.ipynb #1795d957
 _IMPLEMENTED = dict(name='recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1', mlp_t=False,
                     pos_encodings='rope', no_ACT_continue=True, rms_norm_eps=1e-5, rope_theta=10000)
 _NEEDED = ('hidden_size', 'num_heads', 'expansion', 'L_layers', 'H_cycles', 'L_cycles', 'halt_max_steps')
@@ -31,7 +31,7 @@ def _check_arch(arch: dict):
         raise CheckpointError(f'arch.{unknown[0]} is unknown here and might change what the decoder does; there are {", ".join(sorted(_OFFICIAL_KEYS))}')
     if missing := [k for k in _NEEDED if k not in arch]: raise CheckpointError(f'arch lacks {missing}')
 
-
+# %% ../../nbs/api/4_training/07_sizes.ipynb #a1084b6a
 def _context_length(arch: dict) -> int:
     "The tokens of an official context: 16 where nothing is said, and for 0 as many as a table's row needs."
     if length := arch.get('puzzle_emb_len', 16): return length
@@ -54,7 +54,7 @@ def decoder_config(
     known = {k: arch[k] for k in DecoderConfig.model_fields if k in arch}
     return DecoderConfig(**{'canvas': canvas or 30, **known, 'puzzle_emb_len': _context_length(arch)})
 
-# %% ../../nbs/api/4_training/07_sizes.ipynb #1bcedeb7
+# %% ../../nbs/api/4_training/07_sizes.ipynb #1a9c71eb
 def _sizes_seen(sizes: DecoderConfig, tensors: dict[str, Tensor]) -> dict[str, tuple[int, int, str]]:
     "What can be seen in a decoder's tensors: by key its size there, the size that is asked for, and where it is seen."
     blocks = {n.split('.')[2] for n in tensors if n.startswith('L_level.layers.')}
@@ -70,7 +70,7 @@ def _sizes_seen(sizes: DecoderConfig, tensors: dict[str, Tensor]) -> dict[str, t
         seen['expansion'] = (gate.shape[0] // 2, width, f'mlp.gate_up_proj.weight {tuple(gate.shape)}')
     return seen
 
-
+# %% ../../nbs/api/4_training/07_sizes.ipynb #1bcedeb7
 def checked_sizes(
     path: str | Path,  # of the checkpoint, for the error
     tensors: dict[str, Tensor],  # of its decoder

@@ -17,7 +17,8 @@ def context_statistics(
     "The encoder statistics of the log."
     c = context.detach().float()
     found = dict(token_std=c.std(0).mean(), cross_sample_var=c.var(0).mean(),
-                 within_group_var=_variance_within(c, groups), output_mean=c.mean(), output_std=c.std(), output_norm=c.norm(dim=-1).mean())
+                 within_group_var=_variance_within(c, groups),
+                 output_mean=c.mean(), output_std=c.std(), output_norm=c.norm(dim=-1).mean())
     return {f'encoder_{name}': value.item() for name, value in found.items()}
 
 

@@ -25,6 +25,22 @@ def wandb_mode() -> str:  # 'online', 'offline', 'disabled' or 'shared'
     if mode := os.environ.get('WANDB_MODE'): return mode
     return 'online' if os.environ.get('WANDB_API_KEY') or _has_account() else 'offline'
 
+# %% ../../nbs/api/4_training/03_tracking.ipynb #b88b5c00
+def _results_table(rows: list[dict]) -> wandb.Table:
+    "A line for each set and method."
+    keys = ('set', 'method', 'solved', 'n', 'low', 'high')
+    return wandb.Table(columns=list(keys), data=[[r[k] for k in keys] for r in rows])
+
+
+def _predictions_table(rows: list[dict]) -> wandb.Table:
+    "A line for each task: whether it was solved, by method."
+    methods = list(dict.fromkeys(r['method'] for r in rows))
+    solved = {(r['set'], task): {} for r in rows for task in r['tasks']}
+    for r in rows:
+        for task, hit in r['tasks'].items(): solved[r['set'], task][r['method']] = hit
+    data = [[*key, *map(hits.get, methods)] for key, hits in solved.items()]
+    return wandb.Table(columns=['set', 'task', *methods], data=data)
+
 # %% ../../nbs/api/4_training/03_tracking.ipynb #abffd661
 class Tracker:
     "A W&B run that may fail without ending ours: at its first error it says so, and stays silent from there on."
@@ -52,22 +68,6 @@ class Tracker:
             images = {name: wandb.Image(str(file)) for name, file in figures.items()}
             run.log(images | {'results': _results_table(rows), 'predictions': _predictions_table(rows)})
         self.ask(log)
-
-
-def _results_table(rows: list[dict]) -> wandb.Table:
-    "A line for each set and method."
-    keys = ('set', 'method', 'solved', 'n', 'low', 'high')
-    return wandb.Table(columns=list(keys), data=[[r[k] for k in keys] for r in rows])
-
-
-def _predictions_table(rows: list[dict]) -> wandb.Table:
-    "A line for each task: whether it was solved, by method."
-    methods = list(dict.fromkeys(r['method'] for r in rows))
-    solved = {(r['set'], task): {} for r in rows for task in r['tasks']}
-    for r in rows:
-        for task, hit in r['tasks'].items(): solved[r['set'], task][r['method']] = hit
-    data = [[*key, *map(hits.get, methods)] for key, hits in solved.items()]
-    return wandb.Table(columns=['set', 'task', *methods], data=data)
 
 # %% ../../nbs/api/4_training/03_tracking.ipynb #00faaee5
 _COUNTERS = {'regression/*': 'regression/updates', 'train/*': 'updates', 'grad/*': 'updates', 'eval/*': 'updates',
