@@ -604,7 +604,7 @@ def test_progress_is_on_stderr_and_results_on_stdout(decoder, tmp_path):
 
 def test_exit_codes_are_in_the_help_and_as_said(tmp_path):
     said = ' '.join(cli.invoke(app, ['--help']).stdout.split())
-    assert 'Exit codes: 0 done; 1 a check failed (verify-decoder); 2 wrong usage or input; 130 stopped by Ctrl-C, SIGTERM or SIGHUP.' in said
+    assert 'Exit codes: 0 done; 1 a check failed (verify-decoder, reproduce); 2 wrong usage or input; 130 stopped by Ctrl-C, SIGTERM or SIGHUP.' in said
     wrong = [['inspect', str(tmp_path / 'nowhere')], ['run', '--no-such-option'], ['nothing'], ['run', 'lab', 'train.stepz=1'], ['scenario', str(tmp_path)], ['study', 'nothing'], ['data', 'nothing', str(tmp_path / 'set')], ['search', str(tmp_path)],
              ['score', str(tmp_path / 'no.json')], ['evaluate', str(LAB), '--model-type', 'etrm'], ['compare-contexts', str(LAB)], ['oracle', 'lab', '--decoder', str(tmp_path)], ['study', 'encoders', '--seeds', 'one']]
     for arguments in wrong:

@@ -155,10 +155,10 @@ def test_a_study_says_it_for_each_run_and_for_its_rows(made, tmp_path):
 def test_a_run_that_is_stopped_or_killed_has_its_entry(number, ended, tmp_path):
     line = ['pretrain', 'lab', *CHANGES, 'pretrain.steps=1000000', 'pretrain.log_every=1', '--no-wandb', '--device', 'cpu', '--runs', str(tmp_path)]
     process = subprocess.Popen([sys.executable, '-m', 'etrm.apps.cli', *line], stderr=subprocess.PIPE)
-    record, deadline = tmp_path / 'lab-pretrain-001/record.jsonl', time.monotonic() + 120
+    record, deadline = tmp_path / 'lab-pretrain-001/record.jsonl', time.monotonic() + 600
     while not (record.exists() and record.stat().st_size) and time.monotonic() < deadline: time.sleep(.05)
     os.kill(process.pid, number)
-    said = process.communicate(timeout=60)[1].decode()
+    said = process.communicate(timeout=600)[1].decode()
     assert process.returncode == (130 if ended else -number), said
     entry, = read(record.with_name('provenance.json'))
     assert entry['ended'] == ended and entry['arguments'] == line

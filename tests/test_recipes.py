@@ -30,7 +30,7 @@ def started(*arguments, **more) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, said = process.communicate(timeout=170)
+    out, said = process.communicate(timeout=900)
     return process.returncode, out, said
 
 
@@ -39,7 +39,7 @@ def updates(run: Path) -> int:
     except (ValueError, IndexError): return 0
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120):
+def wait_for(condition, process: subprocess.Popen, seconds: float = 600):
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < deadline: time.sleep(.02)
     assert condition(), ended(process)[2] if process.poll() is not None else 'too slow'
