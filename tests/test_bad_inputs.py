@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from etrm.training import saving
 from etrm.training.checkpoints import load_checkpoint, read_tensors
 from etrm.training.checksums import CheckpointError
-from etrm.training.saving import finish_interrupted_save, load_training_state, save_checkpoint
+from etrm.training.saving import restore_previous_save, load_training_state, save_checkpoint
 from etrm.training.weights import read_pickle
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
@@ -189,7 +189,7 @@ def test_killed_during_a_save_leaves_a_whole_checkpoint(saved, parts, at):
         try: exec(KILLED_AT, dict(saving=saving, Decoder=Decoder, DecoderConfig=DecoderConfig))
         finally: os._exit(3)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    finish_interrupted_save(saved)
+    restore_previous_save(saved)
     assert load_training_state(saved)['updates'] == (4 if at == 'removing' else 3)
     if at != 'removing': assert is_good(saved, parts)
     save_checkpoint(saved, parts, dict(decoder=SIZES.model_dump()), dict(updates=5))

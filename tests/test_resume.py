@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 from etrm.training import saving
 from etrm.training.checkpoints import load_checkpoint, read_tensors
-from etrm.training.saving import finish_interrupted_save, load_training_state, save_checkpoint
+from etrm.training.saving import restore_previous_save, load_training_state, save_checkpoint
 from etrm.experiments.configurations import load_config
 from etrm.model.decoder import Decoder
 from etrm.experiments.encoder_training import train_encoder
@@ -86,7 +86,7 @@ def good_updates(folder: Path) -> list[int]:
     "How far the last good checkpoints of both phases are: each is whole and readable."
     found = []
     for place in (folder / 'regression', folder / 'checkpoint'):
-        finish_interrupted_save(place)
+        restore_previous_save(place)
         if place.exists(): read_tensors(place)
         found.append(load_training_state(place)['updates'] if (place / 'training_state.pt').exists() else 1000 if place.exists() else 0)
     return found

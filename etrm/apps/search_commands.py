@@ -147,8 +147,7 @@ def that_fit(
 
 def search_table(summary: list[dict]) -> str:  # Markdown
     "What was found of each task."
-    loss = lambda value: '' if value is None else f'{value:.3f}'
     solved = lambda hits: 'unknown' if hits is None else f'{sum(hits)} of {len(hits)}'
-    losses = lambda r: (loss(r['loss_before']), loss(r['loss_after']))
+    losses = lambda r: [f'{r[key]:.3f}' for key in ('loss_before', 'loss_after')]
     cells = [[r['task'], *losses(r), f"{r['answered']} of {r['demonstrations']}", solved(r['solved'])] for r in summary]
     return markdown_table(['task', 'loss before', 'after', 'demonstrations answered', 'solved'], cells)

@@ -122,7 +122,7 @@ def _begin(
 ):
     "What comes before the first update through the decoder."
     if config.regression: regress(encoder, table, data, config, record)
-    elif isinstance(record, Run): record.rewind(0)  # killed before its first save
+    elif isinstance(record, Run): record.keep_rows(0)  # killed before its first save
 
 
 def _stream(config: ExperimentConfig, decoder: Decoder, data: PuzzleData, train: list[Task]) -> Stream:

@@ -64,7 +64,7 @@ def _train(
     stream = Stream(data, c.global_batch_size, c.seed, translate=config.translate, extents=crops)
     trainer = Trainer(decoder, table, stream, c)
     if saved.resume(trainer): check_names(row_names(saved.place, len(table.weights)), data, saved.place)
-    else: run.rewind(0)  # killed before its first save
+    else: run.keep_rows(0)  # killed before its first save
     queries = Queries.of(unaugmented(tasks, data), decoder, batch_size=config.evaluation.batch_size)
     def evaluate():
         asks('training tasks', len(tasks))

@@ -84,7 +84,7 @@ class Regression(Loop):
         self.adam.step(); self.adam.zero_grad(set_to_none=True)
         return {name: value.detach() for name, value in found.items()}
 
-    def row(self, found: dict[str, Tensor]) -> dict[str, float]:
+    def reduced_metrics(self, found: dict[str, Tensor]) -> dict[str, float]:
         sum_over_ranks(found.values())
         return {f'regression/{name}': value.item() for name, value in found.items()}
 
@@ -114,7 +114,7 @@ def regress(
     if not isinstance(record, Run): return loop.run(record)
     saved = TrainingCheckpoint(record, record.regression, dict(encoder=encoder), config)
     if saved.resume(loop): saved.load()
-    else: record.rewind(0)
+    else: record.keep_rows(0)
     loop.run(record, save=lambda: saved.save(loop))
 
 # %% ../../nbs/api/7_experiments/08_regression.ipynb #2a6781bd

@@ -25,7 +25,7 @@ from ..training.records import Record, lock_folder, new_run_folder
 from ..training.tracking import start_wandb
 from ..training.checksums import CheckpointError
 from ..training.weights import load_strictly
-from ..training.saving import save_checkpoint, finish_interrupted_save, load_training_state
+from ..training.saving import save_checkpoint, restore_previous_save, load_training_state
 from ..training.checkpoints import read_config, read_tensors
 from ..training.stopping import finishing
 from ..training.pace import save_with_retries
@@ -157,7 +157,7 @@ def open_run(
             check_place(folder)
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock_folder(folder))
-            for name in CHECKPOINTS: finish_interrupted_save(folder / name)
+            for name in CHECKPOINTS: restore_previous_save(folder / name)
             begun = (folder / 'settings.json').exists()
             _claim(folder, settings)
             if begun: print(f'{folder} {_progress(folder)}', file=sys.stderr)
@@ -199,7 +199,7 @@ class TrainingCheckpoint:
         try: loop.load_state_dict(state)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f'{self.place}: its training state is not of this run ({type(error).__name__}: {str(error)[:200]}): resume with the settings it was saved with') from error
-        self.run.rewind(state['record_rows'])
+        self.run.keep_rows(state['record_rows'])
         return True
 
     def state_of(self, loop: Loop) -> dict:

@@ -21,7 +21,7 @@ from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.queries import Demos, Queries
 from ..data.novelty import new_view_bits_by_input
 from ..model.decoder import Decoder, last_step
-from .search import within_extents
+from .search import with_extents
 
 # %% ../../nbs/api/6_search/02_asked.ipynb #c3847f82
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def demonstrations_right(
     found, device = [], where_is(decoder)
     for at in range(0, len(contexts), batch_size):
         rows = slice(at, at + batch_size)
-        some, context = within_extents(demos[rows].to(device), decoder), contexts[rows].to(device)
+        some, context = with_extents(demos[rows].to(device), decoder), contexts[rows].to(device)
         B, K, S = some.inputs.shape
         flat = some.map(lambda t: t.flatten(0, 1))
         logits = last_step(decoder, flat.inputs, context.repeat_interleave(K, 0), flat.extent, batch_size * K)[0]

@@ -24,7 +24,7 @@ from ..evaluation.intervals import Rate
 from ..evaluation.scores import pass_at_k
 from ..evaluation.submissions import submission
 from .asked import AskedSet
-from .chains import ChainConfig, Chains, TaskGrids, decoded, search_chains
+from .chains import ChainConfig, Chains, TaskGrids, final_logits, search_chains
 
 # %% ../../nbs/api/6_search/08_chain_answers.ipynb #253b4ed8
 def grids_of(
@@ -47,7 +47,7 @@ def answers_of_chains(
 ) -> Predictions:  # an answer of every chain to every query
     "What the chains answer, for a vote; the loss of a chain's demonstrations stands for its doubt."
     N, Q, K = len(chains), len(queries), chains.between.shape[1] - len(queries)
-    found = decoded(decoder, chains.between[:, K:].flatten(0, 1), chains.contexts.repeat_interleave(Q, 0)).argmax(-1)
+    found = final_logits(decoder, chains.between[:, K:].flatten(0, 1), chains.contexts.repeat_interleave(Q, 0)).argmax(-1)
     as_bytes = lambda tokens: tokens.cpu().numpy().astype(np.uint8)
     confidence = -chains.losses.repeat_interleave(Q).cpu().numpy().astype(np.float32)
     asked, canvas = as_bytes(queries.repeat(N, 1)), decoder.config.canvas

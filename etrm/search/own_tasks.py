@@ -20,7 +20,7 @@ from ..evaluation.votes import Votes, keep_best_views, vote
 from ..evaluation.scores import pass_at_k
 from ..evaluation.submissions import submission
 from ..evaluation.answers import answer, contexts_of
-from .search import SearchConfig, search
+from .search import SearchConfig, context_losses, search
 from .asked import demonstrations_right
 
 # %% ../../nbs/api/6_search/06_own_tasks.ipynb #c1299c3f
@@ -35,13 +35,13 @@ def own_start(
 def summary_of(
     tasks: list[Task],
     votes: Votes,
-    losses: dict[str, Tensor],  # by a view's name, before each step (steps,)
+    losses: dict[str, Tensor],  # by a view's name, (2,) before the search and after it
     right: dict[str, int],  # by a view's name, how many demonstrations its context answers
 ) -> list[dict]:  # a row a task
     "Losses of each task's own view, what its best view answers of the demonstrations, and what is solved."
     known = [t for t in tasks if all(p.output is not None for p in t.test)]
     solved = dict(zip([t.name for t in known], pass_at_k(votes, known).first)) if known else {}
-    at = lambda name, step: round(losses[name][step].item(), 4) if len(losses[name]) else None
+    at = lambda name, step: round(losses[name][step].item(), 4)
     answered = {}
     for view, n in right.items():
         name = Augmentation.from_name(view)[0]
@@ -67,10 +67,10 @@ def search_tasks(
     names, first = [queries.data.names[p] for p in puzzles], torch.from_numpy(first).to(where_is(decoder))
     demos, start = queries.demos()[first], own_start(source, queries)[first]
     batches = [slice(at, at + AT_ONCE) for at in range(0, len(demos), AT_ONCE)]
-    contexts, losses = zip(*(search(decoder, demos[some], start[some], config, progress=True) for some in batches))
-    contexts, losses = torch.cat(contexts), torch.cat(losses, 1)
+    contexts = torch.cat([search(decoder, demos[some], start[some], config, progress=True)[0] for some in batches])
+    losses = [torch.cat([context_losses(decoder, demos[some], c[some], config) for some in batches]) for c in (start, contexts)]
     right = demonstrations_right(decoder, demos, contexts)
     predictions = answer(decoder, queries, contexts[torch.from_numpy(view).to(contexts.device)])
     votes = vote(keep_best_views(predictions, right[view]), tasks)
-    summary = summary_of(tasks, votes, dict(zip(names, losses.T)), dict(zip(names, right)))
+    summary = summary_of(tasks, votes, dict(zip(names, torch.stack(losses, 1))), dict(zip(names, right)))
     return dict(summary=summary, submission=submission(votes))

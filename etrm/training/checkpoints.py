@@ -21,7 +21,7 @@ from ..basics.provenance import is_collecting, reads
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.contexts import PuzzleEmbedding
 from ..model.encoders import DemoEncoder, EncoderConfig
-from .checksums import CheckpointError, sha256, verify_checksum
+from .checksums import CheckpointError, sha256, check_checksum
 from .weights import all_finite, load_strictly, read_weights
 from .sizes import check_row_length, checked_sizes
 from .row_names import read_row_names
@@ -139,7 +139,7 @@ class _CheckpointFiles:
         "What the configuration beside the weights says."
         if not self.config_file.exists():
             raise CheckpointError(f'{self.config_file} is missing: sizes like L_cycles are not in the weights and must not be guessed')
-        verify_checksum(self.config_file, self.sha256)
+        check_checksum(self.config_file, self.sha256)
         found = read_plain_yaml(self.config_file, CheckpointError)
         if is_collecting(): self.sha256(self.config_file)
         if isinstance(found, dict) and all(isinstance(k, str) for k in found): return found

@@ -49,7 +49,7 @@ def set_random_state(state: dict):  # from `random_state`, other entries are ign
 
 # %% ../../nbs/api/4_training/18_loop.ipynb #ad5cfc67
 class Updates:
-    "Updates that are counted; a kind of training brings `update` and `row`."
+    "Updates that are counted; a kind of training brings `update` and `reduced_metrics`."
     def __init__(self,
         config: LoopConfig,
         modules: nn.ModuleDict,  # all that trains, and all that a checkpoint keeps of it
@@ -62,14 +62,14 @@ class Updates:
 
     def update(self,
         scale: float,  # factor on every learning rate
-    ) -> Any:  # what `count` and `row` are told
+    ) -> Any:  # what `count` and `reduced_metrics` are told
         "Make one update."
         raise NotImplementedError
 
     def count(self, found: Any):
         "Take in what an update of `run` answered."
 
-    def row(self, found: Any) -> dict[str, float]:
+    def reduced_metrics(self, found: Any) -> dict[str, float]:
         "The record's values, at an update that is logged."
         raise NotImplementedError
 
@@ -122,7 +122,7 @@ class Loop(Updates):
             self.count(found)
             if made % c.log_every == 0 or made == until or self.finished:
                 self.faults.check()
-                log(made, self.row(found))
+                log(made, self.reduced_metrics(found))
             if evaluate and c.eval_every and made % c.eval_every == 0: log(made, self.averaged(evaluate))
             pace(made)
         self.check_finite()  # the last update's loss says nothing of the weights it made

@@ -149,7 +149,7 @@ class Record(_RecordFile):
         of_regression = any(k.startswith('regression/') for k in values)
         self.wandb_run.log(values | {'regression/updates' if of_regression else 'updates': step})
 
-    def rewind(self,
+    def keep_rows(self,
         n: int | None,  # rows to keep; None keeps all
     ):
         "Go back to the first `n` rows: those that a resumed run had logged when it was saved."

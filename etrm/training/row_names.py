@@ -12,7 +12,7 @@ from typing import Callable
 from ..basics.files import note
 from ..data.puzzles import PuzzleData
 from ..data.dataset import read_identifiers
-from .checksums import CheckpointError, has_checksum, sha256, verify_checksum
+from .checksums import CheckpointError, has_checksum, sha256, check_checksum
 
 # %% ../../nbs/api/4_training/08_row_names.ipynb #abc2688a
 def read_row_names(
@@ -25,7 +25,7 @@ def read_row_names(
     if not file.exists():
         if not has_checksum(file): return None
         raise CheckpointError(f'{file} is missing, which SHA256SUMS names: take another copy of the checkpoint')
-    verify_checksum(file, digest)
+    check_checksum(file, digest)
     try: names = read_identifiers(file)
     except ValueError as error: raise CheckpointError(str(error)) from error
     if len(names) == rows: return names

@@ -82,7 +82,7 @@ class Optimisers:
         if not trains and self.sparse is None: raise ValueError('nothing trains: the decoder is frozen and the source has no parameters')
         self.dense = AdamATan2(trains, config.lr, (config.beta1, config.beta2), config.weight_decay) if trains else None
 
-    def row_norm(self) -> Tensor:  # scalar; 0 of an encoder
+    def synced_row_norm(self) -> Tensor:  # scalar; 0 of an encoder
         "The norm of the gradient of the rows that all processes touched."
         if not self.sparse: return torch.zeros((), device=self.device)
         all_gather_touched(self.source)
@@ -154,8 +154,8 @@ class Trainer(Loop):
         loss, values, context = supervision_step(self.decoder, self.source, self.slots, whole_batch, self.extras)
         whole = self.backward(loss)
         norms = clip_gradients(self.decoder, self.source, self.config.optim.grad_clip)
-        self.faults.note(self.updates + 1, whole, torch.hypot(norms['grad/total_norm'], self.optimisers.row_norm()))
-        self.apply(scale)
+        self.faults.note(self.updates + 1, whole, torch.hypot(norms['grad/total_norm'], self.optimisers.synced_row_norm()))
+        self.optimiser_step(scale)
         carry, rate = self.slots.carry, torch.tensor(self.config.optim.lr * scale)
         done = carry.halted.float()
         metrics = {f'train/{k}': (v * done).sum() for k, v in (values | dict(steps=carry.steps)).items()}
@@ -163,7 +163,7 @@ class Trainer(Loop):
 
     def refill(self): self.slots.refill(self.stream.tensors(self.updates, self.local, self.decoder.H_init.device))
 
-    def apply(self, scale: float):
+    def optimiser_step(self, scale: float):
         "Let the optimisers step, and the average follow."
         self.optimisers.step(scale)
         if self.ema: self.ema.update(self.modules)
@@ -172,7 +172,7 @@ class Trainer(Loop):
         train = {k: v for k, v in found[0].items() if k.startswith('train/') and k != 'train/lr'}
         self.sums = train if self.sums is None else {k: self.sums[k] + v for k, v in train.items()}
 
-    def row(self, found: tuple[dict[str, Tensor], Tensor]) -> dict[str, float]:
+    def reduced_metrics(self, found: tuple[dict[str, Tensor], Tensor]) -> dict[str, float]:
         metrics, context = found
         sum_over_ranks(self.sums.values())
         rest = {k: v.item() for k, v in metrics.items() if k not in self.sums}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..basics.files import file_size
-from .checksums import CheckpointError, sha256, verify_checksum
+from .checksums import CheckpointError, sha256, check_checksum
 
 # %% ../../nbs/api/4_training/05_weights.ipynb #17561b43
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +155,7 @@ def by_part(
 def _read_safetensors(path: Path, digest: Callable[[Path], str]) -> dict[str, Tensor]:
     "The tensors of a file of ours, its checksum compared where one is listed."
     file_size(path, CheckpointError)
-    verify_checksum(path, digest)
+    check_checksum(path, digest)
     try: return load_file(path)
     except Exception as error:
         raise CheckpointError(f'{path} is not a readable safetensors file ({error}): it may be cut short; take another copy') from error
