@@ -9,11 +9,11 @@ __all__ = ['HELP', 'app']
 from .commands import Commands
 from .training_commands import training
 from .evaluation_commands import evaluating
-from .recipe_commands import reproducing
 from .search_commands import searching
 from .measuring_commands import measuring
 from .file_commands import files
 from .bench_commands import benching
+from .recipe_commands import reproducing
 
 # %% ../../nbs/api/8_apps/21_cli.ipynb #17dbfb2f
 HELP = '''Train, steer and diagnose demonstration encoders for Tiny Recursive Models.

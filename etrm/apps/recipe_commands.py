@@ -12,12 +12,12 @@ from typing import Annotated
 
 import typer
 
-from .commands import Commands, Device, RunsFolder
-from .recipe_runs import compared, run_steps
-from .recipe_steps import check_step, planned
-from .recipes import load_recipe, recipe_file, recipe_names
 from ..basics.files import markdown_table
 from ..training.records import lock_folder
+from .commands import Commands, Device, RunsFolder
+from .recipes import load_recipe, recipe_file, recipe_names
+from .recipe_steps import check_step, planned
+from .recipe_runs import compared, run_steps
 
 # %% ../../nbs/api/8_apps/20_recipe_commands.ipynb #9a97ff02
 reproducing = Commands()

@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .recipe_steps import Planned
-from .recipes import Recipe, count_in, row_of
 from ..basics.files import markdown_table
 from ..basics.provenance import entries_of, provenance_file
-from ..experiments.runs import RunState, run_state
 from ..tasks.reading import read_json
 from ..training.checksums import sha256
 from ..training.stopping import Stopped, noting_interrupts
+from ..experiments.runs import RunState, run_state
+from .recipes import Recipe, count_in, row_of
+from .recipe_steps import Planned
 
 # %% ../../nbs/api/8_apps/19_recipe_runs.ipynb #bf3755ff
 def _without_device(words: list[str]) -> list[str]:

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import typer
 
-from .bench_commands import benching
-from .evaluation_commands import evaluating
-from .file_commands import files
-from .measuring_commands import measuring
-from .recipes import MACHINES, REFERENCE, Recipe, Step, load_recipe, recipe_file
-from .search_commands import searching
-from .training_commands import training
 from ..basics.devices import device_of
 from ..experiments.configurations import load_config
 from ..experiments.studies import load_study
+from .training_commands import training
+from .evaluation_commands import evaluating
+from .search_commands import searching
+from .measuring_commands import measuring
+from .file_commands import files
+from .bench_commands import benching
+from .recipes import MACHINES, REFERENCE, Recipe, Step, load_recipe, recipe_file
 
 # %% ../../nbs/api/8_apps/18_recipe_steps.ipynb #77eaf6ec
 _UsageError = typer.BadParameter.__base__  # click's, or that of a typer that brings its own click
