@@ -74,7 +74,7 @@ def run_command(words: list[str]) -> tuple[int, bool]:  # its exit code, and whe
             try: child.wait(.1)
             except subprocess.TimeoutExpired: continue
             except KeyboardInterrupt: child.terminate()  # asked again, later: the step ends at once
-    return child.returncode, passed_on
+    return child.returncode, bool(asked())
 
 # %% ../../nbs/api/8_apps/19_recipe_runs.ipynb #4d57736b
 def run_steps(
