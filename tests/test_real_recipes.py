@@ -1,4 +1,5 @@
-"""The recipes on real rules run from nothing to a submission, shrunk: what would stop them on a GPU or after hours, stops here."""
+"""The recipes on real rules run from nothing to a submission with a tiny model: their steps fit together. Speed, memory and what only
+a GPU does are not tried here."""
 import json
 import re
 import subprocess

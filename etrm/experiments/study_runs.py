@@ -33,6 +33,7 @@ from ..training.sizes import decoder_config
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from ..training.trainer import Trainer
 from ..evaluation.answers import contexts_of, measure_answers, measures_row
+from ..search.search import with_rate
 from ..search.asked import asked_sets
 from ..search.starts import Starts
 from ..search.curves import search_curves
@@ -134,7 +135,7 @@ def measured_searched(
 ) -> list[dict]:
     "Rows for each set: answers after a search from the encoder's contexts."
     asked, start = asked_sets(decoder, sets, config.num_demos, new=new), Starts(encoder, names=('encoder',))
-    found = search_curves(decoder, start, asked, config.search.with_(steps=steps), (steps,))
+    found = search_curves(decoder, start, asked, with_rate(config.search, encoder).with_(steps=steps), (steps,))
     rows = [{k: v for k, v in row.items() if k not in ('start', 'steps', 'demonstrations')} for row in found]
     return [row | dict(method='searched', search_steps=steps) for row in rows]
 

