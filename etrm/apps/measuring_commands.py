@@ -123,6 +123,7 @@ def search_curves(
     begin, new = Starts(encoder, table, tuple(asked)), new_to(config, *([source] if table is not None else []))
     config = config.with_(tasks=dict(max_eval_groups=groups))
     search = asked_search(config.search, steps=steps, lr=lr, rule=rule)
+    config = config.with_(search=search)  # as it is noted
     with new_file(out) as write:
         laid_out = asked_sets(frozen, chosen_sets(config, sets), config.num_demos, views - 1, new)
         rows = curves.search_curves(frozen, begin, laid_out, search, marks)

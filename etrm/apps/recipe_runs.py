@@ -6,6 +6,7 @@
 __all__ = ['is_finished', 'StoppedStep', 'run_command', 'run_steps', 'compared']
 
 # %% ../../nbs/api/8_apps/19_recipe_runs.ipynb #e5a9556c
+import re
 import shlex
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from ..basics.provenance import entries_of, provenance_file
 from ..tasks.reading import read_json
 from ..training.checksums import sha256
 from ..training.stopping import Stopped, noting_interrupts
+from ..experiments.configurations import load_config
+from ..experiments.run_settings import FREE, differences, with_defaults
 from ..experiments.runs import RunState, run_state
 from .recipes import Recipe, count_in, row_of
-from .recipe_steps import Planned
+from .recipe_steps import Planned, parsed
 
 # %% ../../nbs/api/8_apps/19_recipe_runs.ipynb #bf3755ff
 def _without_device(words: list[str]) -> list[str]:
@@ -27,20 +30,39 @@ def _without_device(words: list[str]) -> list[str]:
     return words[:at] + words[at + 2:]
 
 
+def _same_words(given: list[str], planned: Planned) -> bool:
+    "Whether a command line is a step's: each path in it lies in whatever folder of runs."
+    wanted = _without_device(planned.words('\0', planned.device))
+    patterns = [re.escape(word).replace(re.escape('\0'), '(?:.*/)?') for word in wanted]
+    return len(given) == len(wanted) and all(map(re.fullmatch, patterns, given))
+
+
+def _other_settings(entry: dict, planned: Planned) -> list[str]:  # as 'train.steps is 200 there, 100 now'
+    "In what the configuration that a step was made with differs from the one that its command names now."
+    words, where = planned.line, f'recipe {planned.recipe}, step {planned.step.name}'
+    if words[0] not in ('pretrain', 'train', 'run') or not entry.get('config'): return []
+    overrides = parsed(entry['arguments'], where)['overrides']  # with paths as they were written there
+    now = load_config(parsed(words, where)['config'], tuple(overrides or ())).model_dump(mode='json')
+    there = with_defaults(entry['config'])
+    if words[0] != 'pretrain': there, now = ({k: v for k, v in c.items() if k != 'decoder'} for c in (there, now))
+    return differences(there, now, free=() if words[0] == 'run' else FREE)
+
+
 def is_finished(planned: Planned) -> bool:
-    "Whether a step has made what it makes; by another command, or of other files, is an error."
+    "Whether a step has made what it makes; by another command, of other files or settings is an error."
     path = planned.path
     if not path.exists(): return False
     entries = entries_of(path) if path.is_dir() else _beside(path)
     if not entries: return False
-    entry, own = entries[-1], planned.words('', planned.device)
-    given, wanted = _without_device(entry['arguments']), _without_device(own)
-    if len(given) != len(wanted) or not all(g == w or g.endswith(f'/{w}') for g, w in zip(given, wanted)):
+    entry = entries[-1]
+    if not _same_words(_without_device(entry['arguments']), planned):
         raise ValueError(f'{path} was made by another command, etrm {shlex.join(entry["arguments"])}: remove it, or choose another folder with --runs')
     if entry.get('ended', 'done') != 'done' and run_state(path) is not RunState.FINISHED: return False
     for file, digest in entry['read'].items():
-        if (other := Path(file)).is_file() and path not in other.parents and sha256(other) != digest:
+        if (other := Path(file)).is_file() and path.resolve() not in other.resolve().parents and sha256(other) != digest:
             raise ValueError(f'{path} was made of another {file} than is there now: remove it, or choose another folder with --runs')
+    if differ := _other_settings(entry, planned):
+        raise ValueError(f'{path} was made with another configuration ({"; ".join(differ)}): remove it, or choose another folder with --runs')
     return True
 
 
@@ -74,7 +96,7 @@ def run_command(words: list[str]) -> tuple[int, bool]:  # its exit code, and whe
             try: child.wait(.1)
             except subprocess.TimeoutExpired: continue
             except KeyboardInterrupt: child.terminate()  # asked again, later: the step ends at once
-    return child.returncode, passed_on
+    return child.returncode, bool(asked())
 
 # %% ../../nbs/api/8_apps/19_recipe_runs.ipynb #4d57736b
 def run_steps(

@@ -103,6 +103,7 @@ def planned(
     "The steps of a recipe and those that they need, each once."
     recipe, name, own = load_recipe(file), file.stem, {}
     if name in above: raise ValueError(f'recipe {name} needs itself: {" needs ".join((*above, name))}')
+    _check_paths(recipe, name)
     found: dict[str, Planned] = {}
     def other(reference: str) -> str:
         "Plan a step of another recipe."
@@ -124,6 +125,15 @@ def planned(
     if not asked: raise ValueError(f'recipe {name} has no step {only!r}; there are {", ".join(s.name for s in recipe.steps)}')
     for step in asked: plan(step)
     return list(found.values())
+
+
+def _check_paths(recipe: Recipe, name: str):
+    "Raise a ValueError where two steps make the same file or folder."
+    makers = {}
+    for step in recipe.steps:
+        other = makers.setdefault(path := path_in(name, step), step.name)
+        if other != step.name:
+            raise ValueError(f'recipe {name}: steps {other} and {step.name} both make {path}: give one of them another name with makes')
 
 
 def device_for(recipe: Recipe, name: str, device: str) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['searching', 'MOST_VIEWS', 'RATE', 'SearchRate', 'RULE', 'SearchRule', 'STAGES', 'Stages', 'START', 'Start', 'STEPS',
            'StepsOrNone', 'VIEWS', 'Views', 'CHAINS', 'Library', 'SKIP', 'SkipTooLarge', 'SubmissionFile', 'stages_of',
-           'asked_search', 'start_of', 'search', 'that_fit', 'search_table']
+           'asked_search', 'start_of', 'search', 'that_fit', 'note_search', 'search_table']
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #c9679830
 import json
@@ -18,7 +18,7 @@ import typer
 from torch import Tensor
 
 from ..basics.files import markdown_table, new_file
-from ..basics.provenance import asks
+from ..basics.provenance import asks, configured
 from ..tasks.task import Task, check_fits, fits
 from ..tasks.reading import load_tasks
 from ..model.decoder import Decoder
@@ -29,7 +29,7 @@ from ..evaluation.submissions import no_answers
 from ..search.search import SearchConfig, search_rate
 from ..search import chain_answers, own_tasks
 from ..search.chains import ChainConfig
-from ..experiments.loading import load_encoder, table_for
+from ..experiments.loading import load_encoder, saved_config, table_for
 from .commands import LAB_DECODER, AsJson, Commands, Device, TasksPlace, announced, sizes_of
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #ab74c0d7
@@ -120,11 +120,13 @@ def search(
         if library is None:
             frozen, start, config = start_of(source, lr, place)
             plan = asked_search(config, steps=steps, rule=rule)
+            note_search(source, plan)
             found = own_tasks.search_tasks(frozen, start, asked, plan, views - 1)
         else:
             frozen, encoder, _ = load_encoder(source, place)
             table = table_for(frozen, library)
             plan = ChainConfig(lr=search_rate(table, lr), rule=rule or 'normalised', stages=planned)
+            note_search(source, plan.search(plan.steps))
             found = chain_answers.chain_tasks(frozen, encoder, table.contexts(), asked, plan)
         print(json.dumps(found['summary']) if as_json else search_table(found['summary']))
         write(json.dumps(no_answers(every) | found['submission']))  # those left out are not answered
@@ -143,6 +145,14 @@ def that_fit(
         said = f'{len(large)} of {len(tasks)} tasks are too large for the canvas of {canvas} and left out: {names}'
         print(said, file=sys.stderr)
     return [t for t in tasks if fits(t, canvas)]
+
+
+def note_search(
+    checkpoint: Checkpoint,
+    search: SearchConfig,  # that is made
+):
+    "Note a checkpoint's configuration with this search, where it has one of ours."
+    if 'tasks' in checkpoint.config: configured(saved_config(checkpoint).with_(search=search))
 
 
 def search_table(summary: list[dict]) -> str:  # Markdown

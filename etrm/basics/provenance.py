@@ -30,18 +30,19 @@ from .settings import Settings
 from .distributed import is_rank_zero, world_size
 
 # %% ../../nbs/api/0_basics/07_provenance.ipynb #72025202
-def _git(*arguments: str) -> str:  # '' where git has no answer
+def _git(*arguments: str) -> str | None:  # None where it fails
     "What git says of the package's folder."
     asked = ['git', '-C', str(files('etrm')), *arguments]
     done = subprocess.run(asked, capture_output=True, text=True, errors='replace')
-    return done.stdout.strip() if done.returncode == 0 else ''
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @functools.cache
-def checkout() -> dict | None:  # 'commit', 'dirty'; None where the package is not in a git checkout
+def checkout() -> dict | None:  # 'commit', 'dirty', None where git fails; None where the package is in no git checkout
     "The commit that this process's code is of. What is loaded stays: it is asked once."
     if shutil.which('git') is None or not _git('ls-files', '__init__.py'): return None
-    return dict(commit=_git('rev-parse', 'HEAD'), dirty=bool(_git('status', '--porcelain', '.')))
+    changed = _git('status', '--porcelain', '.')
+    return dict(commit=_git('rev-parse', 'HEAD'), dirty=None if changed is None else bool(changed))
 
 
 def versions() -> dict[str, str]:

@@ -6,6 +6,7 @@
 __all__ = ['shipped_pairs', 'read_pairs', 'keys_of', 'alike', 'hold_out_rules', 'unlike_pairs', 'rule_tasks']
 
 # %% ../../nbs/api/1_tasks/12_rearc.ipynb #2e388b5f
+import functools
 import hashlib
 from collections import Counter
 from importlib.resources import files
@@ -15,6 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from ..basics.provenance import is_collecting, reads
 from .task import Pair, Task, TaskError
 from .leakage import pair_keys
 
@@ -24,12 +26,22 @@ def shipped_pairs() -> Path:
     return Path(str(files('etrm').joinpath('sets/rearc_10x10.npz')))
 
 
+@functools.cache
+def _sha256(
+    file: Path,
+    changed: int,  # when: another content has another digest
+) -> str:
+    "A set's digest, computed once a process."
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def read_pairs(
     file: str | Path | None = None,  # as `make rearc` writes it; None: the set that is shipped
 ) -> dict[str, list[Pair]]:  # by rule
     "The pairs of each rule."
     file = Path(file) if file else shipped_pairs()
     if not file.is_file(): raise TaskError(f'{file} is not there: make rearc ARGS="--out {file}" makes a set of RE-ARC pairs, or leave tasks.pairs empty for the one that is shipped')
+    if is_collecting(): reads(file, _sha256(file, file.stat().st_mtime_ns))
     try:
         with np.load(file) as found:
             rules, counts, shapes, cells = (found[name] for name in ('rules', 'counts', 'shapes', 'cells'))
