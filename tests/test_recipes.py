@@ -26,7 +26,8 @@ def reproduce(*arguments, code: int = 0) -> tuple[str, str]:
 
 def started(*arguments, **more) -> subprocess.Popen:
     line = [sys.executable, '-m', 'etrm.apps.cli', 'reproduce', *map(str, arguments), '--device', 'cpu']
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores Ctrl-C, and a child would too
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listens, **more)
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
