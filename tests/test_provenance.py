@@ -12,29 +12,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from test_one_read import CHANGES as OF_READS, made  # noqa: F401, a fixture
+
 from etrm.apps.cli import app
 from etrm.experiments.configurations import load_config
 from etrm.experiments.experiment import run
 from etrm.experiments.pretraining import pretrain
 from etrm.training.checksums import write_checksums
 
-CHANGES = ('decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1',
-           'decoder.halt_max_steps=2', 'tasks.max_train_groups=8', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=6',
-           'pretrain.steps=2', 'pretrain.global_batch_size=4', 'pretrain.compile=false', 'train.steps=8',
-           'train.global_batch_size=4', 'train.log_every=1', 'evaluation.num_aug=0')
+CHANGES = (*OF_READS, 'pretrain.steps=2')
 SEEDS = {'tasks.seed': 0, 'pretrain.seed': 0, 'train.seed': 0}
-
-
-@pytest.fixture(scope='module')
-def made(tmp_path_factory) -> Path:
-    "A folder with a decoder, an encoder run and a task, none of them made by a command."
-    folder = tmp_path_factory.mktemp('made')
-    config = load_config('cfg_test_frozen_decoder', CHANGES)
-    pretrain(config, folder / 'decoder')
-    run(config, folder / 'decoder/checkpoint', folder, wandb_on=False, say=lambda line: None).rename(folder / 'encoder')
-    pairs = [dict(input=[[1, n]], output=[[n, 1]]) for n in (2, 3, 4)]
-    (folder / 'swap.json').write_text(json.dumps(dict(train=pairs[:2], test=pairs[2:])))
-    return folder
 
 
 def digest(file: Path) -> str: return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -8,7 +8,6 @@ __all__ = ['NAME', 'checkout', 'versions', 'kind_of', 'seeds_of', 'Provenance', 
 
 # %% ../../nbs/api/0_basics/07_provenance.ipynb #8a8a94c9
 import functools
-import hashlib
 import json
 import platform
 import shutil
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from .files import new_file, read_file
+from .files import file_sha256, new_file, read_file
 from .settings import Settings
 from .distributed import is_rank_zero, world_size
 
@@ -181,8 +180,7 @@ def _prepare(out: Path):
 def _write_for(written: Path, found: Provenance):
     "The record of a file beside it, of a folder in it."
     if written.is_dir(): return _write(written / NAME, [*entries_of(written), found.as_dict()])
-    digest = hashlib.sha256(written.read_bytes()).hexdigest()
-    _write(provenance_file(written), found.as_dict(wrote={written.name: digest}))
+    _write(provenance_file(written), found.as_dict(wrote={written.name: file_sha256(written)}))
 
 
 def fills(

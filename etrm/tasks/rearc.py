@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from ..basics.files import file_sha256
 from ..basics.provenance import is_collecting, reads
 from .task import Pair, Task, TaskError
 from .leakage import pair_keys
@@ -32,7 +33,7 @@ def _sha256(
     changed: int,  # when: another content has another digest
 ) -> str:
     "A set's digest, computed once a process."
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return file_sha256(file)
 
 
 def read_pairs(

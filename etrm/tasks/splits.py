@@ -173,7 +173,7 @@ def split_pairs(
     unlike = lambda name, *others: unlike_pairs(pairs, keys, split[name], behind(others))
     test = {rule: pairs[rule] for rule in split['test']}
     return dict(train=unlike('train', 'test', 'validation'),
-                validation=distinct_pairs(unlike('validation', 'test')), test=distinct_pairs(test))
+                validation=distinct_pairs(unlike('validation', 'test')), test=distinct_pairs(test, keys))
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #795a722d
 def without_leaked(

@@ -6,11 +6,10 @@
 __all__ = ['CheckpointError', 'sha256', 'write_checksums', 'has_checksum', 'check_checksum']
 
 # %% ../../nbs/api/4_training/04_checksums.ipynb #eeeb29a0
-import hashlib
 from pathlib import Path
 from typing import Callable
 
-from ..basics.files import file_size, read_file
+from ..basics.files import file_sha256, read_file
 
 # %% ../../nbs/api/4_training/04_checksums.ipynb #6bb64db9
 class CheckpointError(ValueError):
@@ -18,12 +17,8 @@ class CheckpointError(ValueError):
 
 
 def sha256(file: str | Path) -> str:  # 64 hexadecimal digits
-    "The SHA-256 digest of a file, which is read a piece at a time."
-    file_size(file, CheckpointError)  # a pipe would be waited for
-    digest = hashlib.sha256()
-    with open(file, 'rb') as content:
-        while piece := content.read(2**20): digest.update(piece)
-    return digest.hexdigest()
+    "The SHA-256 digest of a checkpoint's file."
+    return file_sha256(file, CheckpointError)
 
 # %% ../../nbs/api/4_training/04_checksums.ipynb #5c7fa28f
 _LIST, _MAX_LIST_BYTES = 'SHA256SUMS', 256 * 2**10
