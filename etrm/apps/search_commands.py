@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['searching', 'MOST_VIEWS', 'RATE', 'SearchRate', 'RULE', 'SearchRule', 'STAGES', 'Stages', 'START', 'Start', 'STEPS',
            'StepsOrNone', 'VIEWS', 'Views', 'CHAINS', 'Library', 'SKIP', 'SkipTooLarge', 'SubmissionFile', 'stages_of',
-           'asked_search', 'start_of', 'search', 'that_fit', 'note_search', 'search_table']
+           'asked_search', 'start_of', 'search', 'note_search', 'search_table', 'what_to_trust']
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #c9679830
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ..basics.files import markdown_table, new_file
 from ..basics.provenance import asks, configured
-from ..tasks.task import Task, check_fits, fits
+from ..tasks.task import that_fit
 from ..tasks.reading import load_tasks
 from ..model.decoder import Decoder
 from ..model.encoders import DemoEncoder
@@ -132,21 +131,6 @@ def search(
         write(json.dumps(no_answers(every) | found['submission']))  # those left out are not answered
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #288dc731
-def that_fit(
-    tasks: list[Task],
-    canvas: int,
-    skip: bool,  # leave the others out, and say which
-) -> list[Task]:
-    "The tasks that a decoder's canvas has room for; one that is too large is an error unless such are left out."
-    large = [t for t in tasks if not fits(t, canvas)]
-    if not skip or len(large) == len(tasks): check_fits(tasks, canvas)
-    elif large:
-        names = ', '.join(t.name for t in large)
-        said = f'{len(large)} of {len(tasks)} tasks are too large for the canvas of {canvas} and left out: {names}'
-        print(said, file=sys.stderr)
-    return [t for t in tasks if fits(t, canvas)]
-
-
 def note_search(
     checkpoint: Checkpoint,
     search: SearchConfig,  # that is made
@@ -156,8 +140,18 @@ def note_search(
 
 
 def search_table(summary: list[dict]) -> str:  # Markdown
-    "What was found of each task."
+    "What was found of each task, and what of it is to be trusted."
     solved = lambda hits: 'unknown' if hits is None else f'{sum(hits)} of {len(hits)}'
-    losses = lambda r: [f'{r[key]:.3f}' for key in ('loss_before', 'loss_after')]
-    cells = [[r['task'], *losses(r), f"{r['answered']} of {r['demonstrations']}", solved(r['solved'])] for r in summary]
-    return markdown_table(['task', 'loss before', 'after', 'demonstrations answered', 'solved'], cells)
+    share = lambda r: f"{r['cells']:.0%}" if 'cells' in r else ''
+    voted = lambda r: ', '.join(f'{count} of {of}' for count, of in r['votes'])
+    cells = [[r['task'], f"{r['answered']} of {r['demonstrations']}", share(r), voted(r), solved(r['solved'])] for r in summary]
+    table = markdown_table(['task', 'demonstrations explained', 'of their cells', 'votes for the answer', 'solved'], cells)
+    return f'{table}\n\n{what_to_trust(summary)}'
+
+
+def what_to_trust(summary: list[dict]) -> str:
+    "In a sentence or two, which of these answers stand on something."
+    whole = sum(r['answered'] == r['demonstrations'] for r in summary)
+    none = sum(r['answered'] == 0 for r in summary)
+    said = f'The context that was found explains all demonstrations of {whole} of {len(summary)} tasks: trust these answers first.'
+    return f'{said} It explains none of {none}: take their answers for guesses.' if none else said
