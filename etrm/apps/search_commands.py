@@ -150,8 +150,8 @@ def search_table(summary: list[dict]) -> str:  # Markdown
 
 
 def what_to_trust(summary: list[dict]) -> str:
-    "In a sentence or two, which of these answers stand on something."
-    whole = sum(r['answered'] == r['demonstrations'] for r in summary)
-    none = sum(r['answered'] == 0 for r in summary)
-    said = f'The context that was found explains all demonstrations of {whole} of {len(summary)} tasks: trust these answers first.'
-    return f'{said} It explains none of {none}: take their answers for guesses.' if none else said
+    "Which of these answers stand on something, a line each."
+    of = lambda which: f'{sum(map(which, summary))} of {len(summary)} tasks'
+    every, none = of(lambda r: r['answered'] == r['demonstrations']), of(lambda r: not r['answered'])
+    return (f'All demonstrations explained: {every}. Trust these answers first.\n'
+            f'None explained: {none}. Take these answers for guesses.')
