@@ -23,7 +23,7 @@ from ..evaluation.scores import pass_at_k
 from ..evaluation.submissions import submission
 from ..evaluation.answers import answer, contexts_of
 from .search import SearchConfig, context_losses, search, search_batch
-from .asked import explained
+from .asked import demonstrations_and_cells_right
 
 # %% ../../nbs/api/6_search/06_own_tasks.ipynb #c1299c3f
 def own_start(
@@ -98,7 +98,7 @@ def searched(
     batches = [slice(at, at + size) for at in range(0, len(demos), size)]
     contexts = torch.cat([search(decoder, demos[some], start[some], config, progress=True)[0] for some in batches])
     losses = [torch.cat([context_losses(decoder, demos[some], c[some], config) for some in batches]) for c in (start, contexts)]
-    return Searched(queries, view, names, demos, start, contexts, torch.stack(losses, 1), *explained(decoder, demos, contexts))
+    return Searched(queries, view, names, demos, start, contexts, torch.stack(losses, 1), *demonstrations_and_cells_right(decoder, demos, contexts))
 
 # %% ../../nbs/api/6_search/06_own_tasks.ipynb #a1b6aef8
 def search_tasks(
