@@ -239,7 +239,7 @@ def test_ctrl_c_during_run_and_resuming_it(decoder, tmp_path):
     done = cli.invoke(app, [*arguments, '--resume', str(folder), '--json'])
     assert done.exit_code == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report['folder'] == str(folder) and report['verdict'] == json.loads((folder / 'verdict.json').read_text()) and {r['set'] for r in report['results']} > {'instances'}
+    assert report['folder'] == str(folder) and report['verdict'] == json.loads((folder / 'verdict.json').read_text()) and {r['set'] for r in report['results']} > {'variants'}
     assert '120 updates of 4' in done.stderr
     assert [r['step'] for r in read_record(folder) if 'train/lr' in r] == list(range(1, 121))
     finished = cli.invoke(app, [*arguments, '--resume', str(folder)])

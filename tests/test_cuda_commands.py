@@ -36,14 +36,14 @@ def test_contexts_and_answers_stay_there_and_are_those_of_the_cpu(made):
 
 
 def test_search_curves_start_from_the_same_noise(made):
-    line = f'search-curves {made}/encoder/checkpoint --decoder {made}/decoder/checkpoint --sets instances --groups 4 --steps 0 --json --device'
+    line = f'search-curves {made}/encoder/checkpoint --decoder {made}/decoder/checkpoint --sets variants --groups 4 --steps 0 --json --device'
     rows = {device: json.loads(CliRunner().invoke(app, [*line.split(), device]).stdout) for device in ('cpu', 'cuda')}
     for on_cpu, on_gpu in zip(*rows.values()): assert on_gpu['lm_loss'] == pytest.approx(on_cpu['lm_loss'], abs=1e-2), on_cpu['start']
 
 
 def test_the_explorer_follows_its_modules(made):
     decoder, encoder, config = load_encoder(made / 'encoder/checkpoint', 'cuda')
-    tasks = make_task_sets(config)[1]['instances']
+    tasks = make_task_sets(config)[1]['variants']
     data, contexts = set_contexts(config, encoder, tasks, decoder.config.canvas)
     seen = explore(decoder, data, contexts, tasks, 1)
     assert len(seen.moments) == config.decoder.halt_max_steps * config.decoder.H_cycles and list(seen.answers) == ['zero', 'mean', 'noise', 'shuffled']

@@ -70,7 +70,7 @@ def test_sets_share_no_pair_and_a_planted_leak_is_found(lab):
     keys = {name: set(pair_keys(tasks).tolist()) for name, tasks in {'training': train, **sets}.items()}
     names = list(keys)
     assert all(not keys[a] & keys[b] for i, a in enumerate(names) for b in names[i + 1:])
-    with pytest.raises(ValueError, match='share'): check_leakage({'training': train, 'instances': sets['instances'] + train[:1]})
+    with pytest.raises(ValueError, match='share'): check_leakage({'training': train, 'variants': sets['variants'] + train[:1]})
 
 
 @pytest.mark.parametrize('name, overrides', [

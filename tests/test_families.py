@@ -59,7 +59,7 @@ def test_splits_share_no_rule_and_no_combination():
     families = {split: {rule.family for rule in rules} for split, rules in seen.items()}
     assert not families['compositions'] & (families['train'] | families['validation'])
     assert families['families'] == set(HELD_OUT_FAMILIES)
-    assert not any(name in HELD_OUT_FAMILIES for split in ('train', 'validation', 'instances', 'compositions')
+    assert not any(name in HELD_OUT_FAMILIES for split in ('train', 'validation', 'variants', 'compositions')
                    for family in families[split] for name in family.split('+'))
     parts = {part.key for rule in seen['compositions'] for part in rule.parts}
     assert {rule_split(part) for rule in seen['compositions'] for part in rule.parts} == {'train'} and len(parts) > 100
@@ -70,7 +70,7 @@ def test_enough_parameterisations():
         rules = [Rule(name, params) for params in all_rules(name)]
         assert len(set(rules)) == len(rules) >= 64
         assert Rule(name, json.loads(json.dumps(rules[-1].params))) == rules[-1]
-    for split in ('train', 'validation', 'instances'): assert all(len(rules) >= 5 for rules in split_rules(split).values())
+    for split in ('train', 'validation', 'variants'): assert all(len(rules) >= 5 for rules in split_rules(split).values())
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_slots(name):

@@ -174,7 +174,7 @@ def test_the_explorer_answers_to_its_menus_and_its_slider(finished, page):
     first, (sets, tasks) = shown(page), (page.locator('.widget-dropdown select').nth(i) for i in (0, 1))
     tasks.select_option(index=1)
     other_task = changed(page, first)
-    sets.select_option('instances')
+    sets.select_option('variants')
     other_set = changed(page, other_task)
     page.locator('.widget-slider .noUi-handle').focus()
     page.keyboard.press('ArrowLeft')

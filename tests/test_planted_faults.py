@@ -151,6 +151,6 @@ def test_shuffled_demonstrations_are_named(lab):
 
 def test_leaked_test_pair_is_named(lab):
     _, _, _, train, sets, _ = lab
-    check_leakage({'training': train, 'instances': sets['instances']})
-    leaked = [*sets['instances'][1:], train[0].__class__('planted', sets['instances'][0].train, train[0].test)]
-    with pytest.raises(LeakageError, match='planted'): check_leakage({'training': train, 'instances': leaked})
+    check_leakage({'training': train, 'variants': sets['variants']})
+    leaked = [*sets['variants'][1:], train[0].__class__('planted', sets['variants'][0].train, train[0].test)]
+    with pytest.raises(LeakageError, match='planted'): check_leakage({'training': train, 'variants': leaked})

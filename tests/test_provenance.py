@@ -37,7 +37,7 @@ def etrm(line: str, **places) -> str:
 def read(file: Path): return json.loads(file.read_text())
 
 
-CURVES = ('search-curves {encoder} --decoder {decoder} --sets instances,validation --groups 2 --steps 1 '
+CURVES = ('search-curves {encoder} --decoder {decoder} --sets variants,validation --groups 2 --steps 1 '
           '--device cpu --out {out}')
 
 
@@ -51,7 +51,7 @@ def test_a_row_file_has_beside_it_what_it_depends_on(made, tmp_path):
     found = curves(encoder, decoder, tmp_path / 'rows.json')
     for place in (encoder, decoder):
         for name in ('model.safetensors', 'config.yaml'): assert found['read'][str(place / name)] == digest(place / name)
-    assert found['sets'] == {'instances': dict(tasks=2, kind='held out'), 'validation': dict(tasks=2, kind='validation')}
+    assert found['sets'] == {'variants': dict(tasks=2, kind='held out'), 'validation': dict(tasks=2, kind='validation')}
     assert found['wrote'] == {'rows.json': digest(tmp_path / 'rows.json')}
     assert found['config']['tasks']['max_eval_groups'] == 2 and found['config']['decoder']['hidden_size'] == 32
     assert SEEDS.items() <= found['seeds'].items()
@@ -85,7 +85,7 @@ def test_a_submission_and_a_folder_of_results(made, tmp_path):
         etrm('evaluate {made}/encoder/checkpoint --max-eval-groups 2 --out {out}', made=made, out=tmp_path / 'results')
         assert len(entries := read(tmp_path / 'results/provenance.json')) == n
     assert entries[1]['sets']['training tasks'] == dict(tasks=2, kind='training')
-    assert entries[1]['sets']['instances'] == dict(tasks=2, kind='held out')
+    assert entries[1]['sets']['variants'] == dict(tasks=2, kind='held out')
     assert entries[1]['config']['tasks']['max_eval_groups'] == 2
     weights = made / 'encoder/checkpoint/model.safetensors'
     assert entries[1]['read'][str(weights)] == digest(weights)
@@ -97,7 +97,7 @@ def test_folders_that_a_command_makes(made, tmp_path):
     assert read(tmp_path / 'official/provenance.json')[0]['read'][str(weights)] == digest(weights)
     etrm(f'data lab {{out}} {" ".join(CHANGES)}', out=tmp_path / 'set')
     entry, = read(tmp_path / 'set/provenance.json')
-    assert entry['sets'] == {'all training tasks': dict(tasks=8, kind='training'), 'instances': dict(tasks=2, kind='held out')}
+    assert entry['sets'] == {'all training tasks': dict(tasks=8, kind='training'), 'variants': dict(tasks=2, kind='held out')}
     assert entry['config']['tasks']['max_train_groups'] == 8
 
 
@@ -130,11 +130,11 @@ def test_a_study_says_it_for_each_run_and_for_its_rows(made, tmp_path):
     for variant in ('report', 'attentive'):
         entry, = read(tmp_path / f'study-small/{variant}-0/provenance.json')
         pooling[variant] = entry['config']['encoder'].get('pooling')
-        assert entry['sets']['instances'] == dict(tasks=2, kind='held out')
+        assert entry['sets']['variants'] == dict(tasks=2, kind='held out')
     assert pooling['attentive'] == 'attention' != pooling['report']
     whole = read(tmp_path / 'rows.provenance.json')
     assert whole['config']['variants'] == dict(report=[], attentive=['encoder.pooling=attention']) and whole['seeds']['seeds'] == [0]
-    assert whole['sets']['instances'] == dict(tasks=2, kind='held out')
+    assert whole['sets']['variants'] == dict(tasks=2, kind='held out')
     assert str(made / 'decoder/checkpoint/model.safetensors') in whole['read']
 
 

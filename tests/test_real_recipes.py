@@ -40,7 +40,8 @@ def shrunk(name: str, pairs: Path, folder: Path, more: str = '') -> Path:
     recipe = yaml.safe_load(recipe_file(name).read_text())
     for step in recipe['steps']:
         kind = step['command'].split()[0]
-        if kind in ('pretrain', 'train'): step['command'] += f' {TINY.format(pairs=pairs)} {more}'
+        if kind in ('pretrain', 'train', 'oracle'): step['command'] += f' {TINY.format(pairs=pairs)} {more}'
+        if kind == 'oracle': step['command'] += ' tasks.max_eval_groups=2'
         for long, short in SMALLER.items(): step['command'] = re.sub(long, short, step['command'])
         if kind == 'search' and '--skip-too-large' not in step['command']: step['command'] += ' --skip-too-large'
     file = folder / f'{name}.yaml'
@@ -64,12 +65,30 @@ def test_from_nothing_to_a_submission(name, more, sets, pairs, tmp_path):
     assert read['sets']['evaluation']
 
 
-@pytest.mark.parametrize('name', ['real_two_cores', 'real_gpu', 'real_full', 'real_compare'])
+def test_more_is_asked_of_what_another_recipe_made(pairs, tmp_path):
+    shrunk('real_two_cores', pairs, tmp_path)  # beside it
+    runs = tmp_path / 'runs'
+    line = [sys.executable, '-m', 'etrm.apps.cli', 'reproduce', str(shrunk('real_more', pairs, tmp_path)), '--runs', str(runs), '--device', 'cpu']
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(p.name for p in (runs / 'real_two_cores').iterdir() if not p.name.startswith('.')) == ['decoder', 'encoder']
+    made = {p.stem: json.loads(p.read_text()) for p in (runs / 'real_more').glob('*.json') if 'provenance' not in p.name}
+    assert set(made) == {step['name'] for step in yaml.safe_load(recipe_file('real_more').read_text())['steps']}
+    assert {row['fitted_to'] for row in made['oracle']} == {'demonstrations', 'answer'}
+    for rows in made.values():
+        assert all(len(row['demonstrations']) == row['n'] and max(row['demonstrations']) <= 4 for row in rows)
+    for row in made['evaluation_views']:
+        assert len(row['best_demonstrations']) == len(row['voted_2_each']) == row['n'] and sum(row['voted_2_each']) == row['voted_2']
+        assert all(best >= own for best, own in zip(row['best_demonstrations'], row['demonstrations']))
+
+
+@pytest.mark.parametrize('name', ['real_two_cores', 'real_gpu', 'real_full', 'real_compare', 'real_more'])
 def test_what_trains_and_what_answers_are_of_one_line(name):
     "Each step reads the decoder that its encoder was trained through."
-    steps = {s['name']: s['command'] for s in yaml.safe_load(recipe_file(name).read_text())['steps']}
-    trained = {n: re.search(r'--decoder \{(\w+)\}', c)[1] for n, c in steps.items() if c.startswith('train ')}
+    recipes = {n: yaml.safe_load(recipe_file(n).read_text()) for n in (name, *yaml.safe_load(recipe_file(name).read_text()).get('needs', []))}
+    steps = {f'{n}/{s["name"]}': re.sub(r'\{(\w+)\}', rf'{{{n}/\1}}', s['command']) for n, recipe in recipes.items() for s in recipe['steps']}
+    trained = {n: re.search(r'--decoder \{([\w/]+)\}', c)[1] for n, c in steps.items() if c.startswith('train ')}
     for command in steps.values():
         if not command.startswith('search-curves'): continue
-        encoder, decoder = re.search(r'search-curves \{(\w+)\}/checkpoint --decoder \{(\w+)\}', command).groups()
+        encoder, decoder = re.search(r'search-curves \{([\w/]+)\}/checkpoint --decoder \{([\w/]+)\}', command).groups()
         assert decoder in (encoder, trained[encoder])

@@ -6,7 +6,7 @@
 __all__ = ['Score', 'Scores', 'pass_at_k', 'cell_accuracy']
 
 # %% ../../nbs/api/5_evaluation/03_scores.ipynb #33be0e3c
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,12 +25,14 @@ class Score:
     n_inputs: int       # test inputs of the tasks evaluated
     tasks_solved: int   # tasks with every test input solved
     n_tasks: int        # tasks evaluated
+    hits: tuple[tuple[bool, ...], ...] = field(default=(), compare=False, repr=False)  # a task each: which inputs
 
     @classmethod
     def of(cls, k: int, solved: list[list[bool]]) -> 'Score':
         "From one list of test inputs a task, solved or not"
         share = sum(sum(s) / len(s) for s in solved) / len(solved)
-        return cls(k, share, sum(map(sum, solved)), sum(map(len, solved)), sum(map(all, solved)), len(solved))
+        counts = sum(map(sum, solved)), sum(map(len, solved)), sum(map(all, solved)), len(solved)
+        return cls(k, share, *counts, tuple(map(tuple, solved)))
 
     @property
     def inputs(self) -> Rate: return Rate.of_count(self.inputs_solved, self.n_inputs)

@@ -86,4 +86,4 @@ class EvaluationConfig(Settings):
         'the shuffled control alone; 0: as many as of that one, beside all controls')
     validation: bool = Field(False, description='measure validation tasks too, whenever the sets are measured '
         'in training: to stop early by')
-    decides: str = Field('instances', description='the evaluation set whose pass@1 the verdict rests on')
+    decides: str = Field('variants', description='the evaluation set whose pass@1 the verdict rests on')

@@ -214,12 +214,12 @@ def features_of_rules(
 
 def _patterns(config: ExperimentConfig) -> list[Task]:
     c = config.tasks
-    return pattern_tasks('train', c.max_train_groups, 1, 1, c.seed, config.decoder.canvas, c.pattern_side)
+    return pattern_tasks('train', c.max_train_groups, 1, 1, c.seed, config.decoder.canvas, c.pattern_side, c.fold)
 
 
 def _rules(config: ExperimentConfig) -> list[Rule]:
     c = config.tasks
-    return sample_rules('train', c.max_train_groups, c.seed, config.decoder.canvas, c.compositions)
+    return sample_rules('train', c.max_train_groups, c.seed, config.decoder.canvas, c.compositions, c.fold)
 
 # %% ../../nbs/api/7_experiments/13_tables.ipynb #ed965a7a
 def rows_share(

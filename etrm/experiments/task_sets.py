@@ -36,7 +36,7 @@ def training_rules(
 ) -> list[Rule] | None:  # each once; None where a source has no rules to apply
     "The rules of the training tasks."
     if any(c.tasks.source != 'families' for c in configs): return None
-    of = lambda c, t: sample_rules('train', t.max_train_groups, t.seed, c.decoder.canvas, t.compositions)
+    of = lambda c, t: sample_rules('train', t.max_train_groups, t.seed, c.decoder.canvas, t.compositions, t.fold)
     drawn = (of(c, c.tasks) for c in configs)
     return list({rule.key: rule for rules in drawn for rule in rules}.values())
 

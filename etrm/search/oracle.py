@@ -48,7 +48,8 @@ def oracle(
             def watch(step, contexts):
                 if step not in marks: return
                 found = measure_answers(decoder, one.queries, contexts)
-                rows.append(measures_row(found, **one.about(), fitted_to=what, steps=step))
+                right = demonstrations_right(decoder, one.demos, contexts).tolist()
+                rows.append(measures_row(found, **one.about(), fitted_to=what, steps=step) | dict(demonstrations=right))
             search(decoder, demos, start, config, watch, progress=True)
     return rows
 

@@ -9,7 +9,7 @@ __all__ = ['pattern_pair', 'pattern_split', 'pattern_tasks', 'onehot_programs']
 import numpy as np
 
 from .task import Pair, Task
-from .rules import FamilyError, hash_grids, stable_hash
+from .rules import bucket_split, FamilyError, FOLDS, hash_grids, stable_hash
 
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #61bef21b
 def pattern_pair(
@@ -31,43 +31,53 @@ def pattern_pair(
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #d86d3b69
 def pattern_split(
     program: np.ndarray,  # (side, side) uint8
-) -> str:  # 'train', 'validation' or 'instances'
+    fold: int = 0,  # 0 to 3: each holds out other programs
+) -> str:  # 'train', 'validation' or 'patterns'
     "The split a program belongs to."
     pair = pattern_pair(program, 0, 0, len(program))
-    bucket = int(hash_grids([(pair.input, pair.output)], len(program))[0]) % 16
-    return 'train' if bucket < 10 else 'validation' if bucket < 12 else 'instances'
+    split = bucket_split(int(hash_grids([(pair.input, pair.output)], len(program))[0]) % 16, fold)
+    return 'patterns' if split == 'variants' else split
 
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #0c6b0a5d
-def _programs(split: str, n: int, seed: int, side: int, places: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _programs(
+    split: str,
+    n: int,
+    seed: int,
+    side: int,
+    places: int,
+    fold: int = 0,
+) -> list[tuple[np.ndarray, np.ndarray]]:
     "So many programs of a split, each with an order of the places it may lie at."
     of = 'train' if split == 'fresh' else split
-    rng, found = np.random.default_rng(stable_hash(f'pattern|{of}|{seed}|{side}')), {}
+    stream = 'instances' if split == 'patterns' else of  # the name that they had when they were first drawn
+    rng, found = np.random.default_rng(stable_hash(f'pattern|{stream}|{seed}|{side}')), {}
     for _ in range(100 * n):
         if len(found) == n: break
         program = rng.integers(1, 10, (side, side), np.uint8)
         order = rng.permutation(places)
-        if pattern_split(program) == of: found.setdefault(program.tobytes(), (program, order))
+        if pattern_split(program, fold) == of: found.setdefault(program.tobytes(), (program, order))
     if len(found) == n: return list(found.values())
     raise FamilyError(f'split {split!r} has hardly more than {len(found)} patterns of side {side}, not {n}: ask for fewer or a larger side')
 
 # %% ../../nbs/api/1_tasks/11_patterns.ipynb #daaac2f3
 def pattern_tasks(
-    split: str,  # train, validation, instances; or fresh: training programs at other places
+    split: str,  # train, validation, patterns; or fresh: training programs at other places
     n: int,  # how many, each another program; a longer list starts with the shorter one
     num_train: int = 3,  # demonstrations
     num_test: int = 1,  # queries
     seed: int = 0,  # of the programs
     canvas: int = 10,
     side: int = 4,  # of the patterns
+    fold: int = 0,  # 0 to 3: each holds out other programs
 ) -> list[Task]:
     "Tasks with programs of one split."
-    known = ('train', 'fresh', 'validation', 'instances')
+    known = ('train', 'fresh', 'validation', 'patterns')
     if split not in known: raise FamilyError(f'patterns have no split {split!r}; choose from {", ".join(known)}')
     free, needed = canvas - side + 1, num_train + num_test  # rows, and columns, where a pattern may begin
     if side < 1 or free < 1 or needed > free**2:
         raise FamilyError(f'{needed} pairs of a pattern of side {side} need as many places, canvas {canvas} has {max(0, free)**2}: ask for fewer pairs or a larger canvas')
     tasks = []
-    for program, order in _programs(split, n, seed, side, free**2):
+    for program, order in _programs(split, n, seed, side, free**2, fold):
         if split == 'fresh': order = order[::-1]
         pairs = tuple(pattern_pair(program, *divmod(int(place), free), canvas) for place in order[:needed])
         name = f'pattern-{stable_hash(program.tobytes().hex()):016x}'

@@ -44,31 +44,34 @@ class TasksConfig(Settings):
         'empty: the shipped ones, up to 10x10')
     held_out: int = Field(
         32, ge=1, le=1000, description='RE-ARC rules held out for the test, and as many for validation, at least')
+    fold: int = Field(
+        0, ge=0, le=3, description='of the procedural rules and patterns four: each holds out others')
     seed: int = 0
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #3c2c1050
 def procedural_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
     if not c.max_train_groups: raise ValueError('tasks.max_train_groups is 0, all of them, but procedural tasks have no end: say how many')
     n = c.max_eval_groups or 400  # as many as ARC-AGI-1 evaluates
-    rules = sample_rules('train', c.max_train_groups, c.seed, canvas, c.compositions)
+    of_split = lambda split, n: sample_rules(split, n, c.seed, canvas, c.compositions, c.fold)
+    rules = of_split('train', c.max_train_groups)
     train = make_tasks(rules, 'train', c.pairs_per_task - 1, 1, c.seed, canvas)
     sets = {'training tasks': make_tasks(rules[:n], 'fresh', num_demos, 1, c.seed, canvas)}
-    for split in ('instances', 'compositions', 'families'):
-        sets[split] = make_tasks(sample_rules(split, n, c.seed, canvas), split, num_demos, 1, c.seed, canvas)
+    for split in ('variants', 'compositions', 'families'):
+        sets[split] = make_tasks(of_split(split, n), split, num_demos, 1, c.seed, canvas)
     return train, sets
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #2e1158e8
 def pattern_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
-    "Programs to train on and, as instances, programs of which no recolouring was trained on."
+    "Programs to train on and, as `patterns`, programs of which no recolouring was trained on."
     K = num_demos
     if not c.max_train_groups: raise ValueError('tasks.max_train_groups is 0, all of them, but patterns have no end: say how many')
     if c.pairs_per_task + K + 1 > (places := (canvas - c.pattern_side + 1)**2):
         raise ValueError(f'a pattern of side {c.pattern_side} has {places} places on canvas {canvas}: tasks.pairs_per_task={c.pairs_per_task} leaves no {K + 1} fresh ones; ask for {places - K - 1} or fewer')
-    tasks = lambda split, n, train, test=1: pattern_tasks(split, n, train, test, c.seed, canvas, c.pattern_side)
+    tasks = lambda split, n, train, test=1: pattern_tasks(split, n, train, test, c.seed, canvas, c.pattern_side, c.fold)
     n = c.max_eval_groups or 400
     train = tasks('train', c.max_train_groups, c.pairs_per_task - 1)
-    fresh, instances = tasks('fresh', min(n, c.max_train_groups), K), tasks('instances', n, K)
-    return train, {'training tasks': fresh, 'instances': instances}
+    fresh, patterns = tasks('fresh', min(n, c.max_train_groups), K), tasks('patterns', n, K)
+    return train, {'training tasks': fresh, 'patterns': patterns}
 
 # %% ../../nbs/api/1_tasks/14_splits.ipynb #ef12c509
 def arc_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
@@ -250,10 +253,11 @@ def draw_validation(
 ) -> list[Task]:
     "Tasks of the rule split `validation`: settings are chosen on these, so that the held-out sets are not tuned on."
     n = c.max_eval_groups or 400
-    if c.source == 'pattern': return pattern_tasks('validation', n, num_demos, 1, c.seed, canvas, c.pattern_side)
+    if c.source == 'pattern': return pattern_tasks('validation', n, num_demos, 1, c.seed, canvas, c.pattern_side, c.fold)
     if c.source == 'rearc':
         own = enough(split_pairs(c, canvas, num_demos)['validation'], TASKS_A_RULE * (num_demos + 1))
         return several_tasks(own, num_demos)[:n]
     if c.source != 'families': raise ValueError(f'{c.source} has no validation rules: they are of procedural tasks')
-    rules = sample_rules('validation', n, c.seed, canvas, c.compositions if compositions is None else compositions)
+    share = c.compositions if compositions is None else compositions
+    rules = sample_rules('validation', n, c.seed, canvas, share, c.fold)
     return make_tasks(rules, 'validation', num_demos, 1, c.seed, canvas)
