@@ -14,6 +14,7 @@ from sphinx.util.nodes import make_refnode
 sys.path.insert(0, str(Path(__file__).parent))
 from reference import EXTERNAL
 
+LONG_WORD = 20  # characters of inline code
 logger = logging.getLogger(__name__)
 settings = ConfigParser()
 settings.read(Path(__file__).parent.parent / 'settings.ini')
@@ -24,6 +25,7 @@ extensions = ['myst_nb']
 root_doc = 'index'
 nb_execution_mode = 'off'
 nb_render_markdown_format = 'myst'
+nb_code_prompt_show, nb_code_prompt_hide = 'Code', 'Code'
 myst_enable_extensions = ['dollarmath', 'colon_fence', 'attrs_block', 'attrs_inline']
 myst_heading_anchors = 3
 suppress_warnings = ['myst.header']  # a notebook's output may start at a deeper heading
@@ -43,6 +45,12 @@ html_copy_source = False
 html_context = dict(default_mode='auto')  # light or dark as the reader's system
 html_math_renderer = 'mathml'  # drawn by the browser: no script from elsewhere
 html_theme_options = dict(use_download_button=False, use_fullscreen_button=False, home_page_in_toc=True, show_toc_level=2, navbar_persistent=[])
+
+
+def breakable(app, pagename, templatename, context, doctree):
+    "Long words of inline code may break, behind a slash, an underscore and the like; short ones never do."
+    def word(match): return f'<span class="pre long">{re.sub(r"(?<=[/_=,.])(?=[^/_=,.])", "<wbr>", match[1])}</span>'
+    if 'body' in context: context['body'] = re.sub(rf'<span class="pre">([^<]{{{LONG_WORD},}})</span>', word, context['body'])
 
 
 def mathml(node, block) -> str:
@@ -76,3 +84,4 @@ def resolve(app, env, node, contnode):
 def setup(app):
     app.add_html_math_renderer('mathml', inline_renderers=(inline_math, None), block_renderers=(block_math, None))
     app.connect('missing-reference', resolve)
+    app.connect('html-page-context', breakable)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def generated() -> dict[str, str]:
     "A hash of every file that cleaning, exporting and the README's making may write."
-    files = [*ROOT.glob('etrm/**/*.py'), *ROOT.glob('nbs/**/*.ipynb'), ROOT / 'README.md']
+    files = [*ROOT.glob('etrm/**/*.py'), *ROOT.glob('nbs/**/*.ipynb'), ROOT / 'README.md', ROOT / 'checkpoints' / 'README.md']
     return {str(f.relative_to(ROOT)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files if '.ipynb_checkpoints' not in f.parts}
 
 

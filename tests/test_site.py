@@ -10,9 +10,12 @@ from urllib.parse import urljoin
 
 import pytest
 
-HTML = Path(__file__).parent.parent / 'docs/_build/html'
+ROOT = Path(__file__).resolve().parent.parent
+HTML, README = ROOT / 'docs/_build/html', ROOT / 'README.md'
+ELSEWHERE = ('11_full_scale', '28_comparisons')  # no chapters: the guide and the comparisons
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-PHONE = 390  # pixels
+PHONE, DESKTOP = 390, 1400  # pixels
+PARTS = ['Chapters', 'How-to', 'Reference', 'Results', 'Comparisons', 'Glossary', 'Log of records', 'Changelog', 'All names']
 
 
 def missing() -> str:
@@ -29,6 +32,7 @@ if why := missing():
 
 from playwright.sync_api import sync_playwright  # noqa: E402
 
+CHAPTERS = sorted(p.stem for p in HTML.glob('[0-9]*_*.html'))
 PAGES = sorted(p.relative_to(HTML).as_posix() for p in HTML.rglob('*.html') if '_static' not in p.parts)
 
 
@@ -69,7 +73,10 @@ def test_page(page, site, name):
     page.set_viewport_size(dict(width=PHONE, height=844))
     page.goto(site + name)
     assert page.errors == [] and page.outside == []
-    assert page.evaluate('document.documentElement.scrollWidth') <= PHONE
+    for width in (PHONE, DESKTOP):
+        page.set_viewport_size(dict(width=width, height=844))
+        assert page.evaluate('document.documentElement.scrollWidth') <= width
+    assert page.title().strip() and page.locator('article h1').count() == 1
     assert page.evaluate("[...document.querySelectorAll('article img')].filter(i => !i.alt.trim() || !i.complete || !i.naturalWidth).map(i => i.src)") == []
     assert re.findall(r'\w*Box\(children=.*|.*\d+%\|.*', '\n'.join(page.locator('article').all_inner_texts())) == []  # no widget that nothing drives, no bar that stands still
     inside = [u.split('#') for u in page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)") if u.startswith(site)]
@@ -79,12 +86,35 @@ def test_page(page, site, name):
     assert [a for a in here if not page.evaluate('id => !!document.getElementById(decodeURIComponent(id))', a)] == []
 
 
-def test_home_shows_the_verdicts_and_their_figure(page, site):
+def test_home_is_the_readme(page, site):
     page.goto(site)
-    aims, verdicts = (page.locator('article table').nth(i) for i in range(2))
-    assert aims.locator('tbody tr').count() == 5 and 'compositions, with search' in aims.inner_text()
-    assert verdicts.locator('tbody tr').count() >= 7 and 'Is the encoder too weak?' in verdicts.inner_text()
-    assert page.locator('article img[src*="state"]').first.is_visible()
+    headings = [line[3:] for line in README.read_text().splitlines() if line.startswith('## ')]
+    assert [h.removesuffix('#').strip() for h in page.locator('article h2').all_inner_texts()] == headings
+    commands = page.locator('article table').first.inner_text()
+    assert 'make run' in commands and 'make test' in commands
+    assert page.locator('article img[src*="diagram"]').first.is_visible()
+
+
+def test_the_side_bar_has_its_parts_and_opens_them(page, site):
+    page.set_viewport_size(dict(width=DESKTOP, height=844))
+    page.goto(site)
+    bar = page.locator('.bd-sidebar-primary nav')
+    assert bar.locator('li.toctree-l1 > a').all_inner_texts()[1:] == PARTS  # the first is home
+    assert bar.locator('li.toctree-l2 a:visible').count() == 0
+    chapters = bar.locator('li.toctree-l1', has=page.locator('a', has_text=re.compile('^Chapters$')))
+    chapters.locator('.toctree-toggle').first.click()
+    titles = chapters.locator('li.toctree-l2 > a').all_inner_texts()
+    assert [t[:2] for t in titles] == [c[:2] for c in CHAPTERS if c not in ELSEWHERE]
+
+
+def test_results_has_each_chapter_with_its_answer(page, site):
+    page.goto(site + 'results.html')
+    sections = page.locator('article section section')
+    numbers = [h[:2] for h in sections.locator('h2').all_inner_texts()]
+    assert numbers == [c[:2] for c in CHAPTERS if c not in ELSEWHERE]
+    assert [n for n, s in zip(numbers, sections.all()) if len(s.locator('p').first.inner_text()) < 40] == []
+    page.locator('article details').first.evaluate('e => e.open = true')
+    assert page.locator('article details table').first.is_visible() and page.locator('article table').count() > 40
 
 
 def test_search_finds_a_term_without_the_network(page, site):
@@ -104,6 +134,10 @@ def test_dark_and_light_differ(browser, site):
     assert colours[0] != colours[1]
 
 
-def test_each_notebook_page_opens_its_notebook(page, site):
-    page.goto(site + '03_frozen_decoder.html')
-    assert page.locator('a', has_text='Open in JupyterLab').first.get_attribute('href').endswith('/lab/tree/03_frozen_decoder.ipynb')
+@pytest.mark.parametrize('name', [*CHAPTERS, 'api/3_model/04_encoders'])
+def test_each_chapter_opens_in_jupyterlab_and_says_how(page, site, name):
+    page.goto(f'{site}{name}.html')
+    lab, how = (page.locator('article p.live a').nth(i) for i in (0, 1))
+    assert lab.get_attribute('href').endswith(f'/lab/tree/{name}.ipynb')
+    how.click()
+    assert 'make lab' in page.locator('#open-a-chapter-in-jupyterlab').inner_text()

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Name', 'REFERENCE', 'MACHINES', 'Step', 'Expected', 'count_in', 'row_of', 'Recipe', 'recipe_names', 'recipe_file',
-           'load_recipe']
+           'read_recipe', 'with_values', 'load_recipe']
 
 # %% ../../nbs/api/8_apps/17_recipes.ipynb #a7e4b5bc
 import re
 import shlex
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -108,6 +109,7 @@ class Recipe(Settings):
     device: Literal['one CPU core', 'two CPU cores', 'one GPU'] = Field(description='that it was made on')
     minutes: float = Field(gt=0, description='that it takes there')
     needs: list[Name] = Field([], description='other recipes')
+    values: dict[str, str | int | float] = Field({}, description='what stands in commands as $name')
     steps: list[Step] = Field(min_length=1)
     expect: list[Expected] = []
 
@@ -148,10 +150,34 @@ def recipe_file(
         if file.is_file(): return file
     raise ValueError(f'there is no recipe {str(name)!r}; there are {", ".join(recipe_names())}')
 
+# %% ../../nbs/api/8_apps/17_recipes.ipynb #e9d0ade2
+_VALUE = re.compile(r'\$\{?([A-Za-z_]\w*)')
+
+
+def read_recipe(file: Path) -> dict:  # keys as in the file and, where it has none, in its base
+    "What a recipe's file and its base say."
+    found = read_plain_yaml(file)
+    if not isinstance(found, dict): raise ValueError(f'{file} is not a recipe: it needs {", ".join(Recipe.model_fields)}')
+    if (base := found.pop('base', None)) is None: return found
+    under = read_plain_yaml(recipe_file(base, file))
+    if 'base' in under: raise ValueError(f'{file}: its base {base} has a base itself: name that one')
+    return under | found | dict(values=under.get('values', {}) | found.get('values', {}))
+
+
+def with_values(
+    recipe: Recipe,
+    file: Path,  # for the error
+) -> Recipe:
+    "With the values in the commands."
+    used = {name for step in recipe.steps for name in _VALUE.findall(step.command)}
+    if missing := sorted(used - set(recipe.values)): raise ValueError(f'{file}: ${missing[0]} stands in a command, and values has {", ".join(recipe.values) or "none"}')
+    if unused := sorted(set(recipe.values) - used): raise ValueError(f'{file}: values has {unused[0]}, and no command has ${unused[0]}')
+    filled = [step.with_(command=Template(step.command).substitute(recipe.values)) for step in recipe.steps]
+    return recipe.with_(steps=filled)
+
 
 def load_recipe(file: Path) -> Recipe:
     "Read a recipe."
-    found = read_plain_yaml(file)
-    if not isinstance(found, dict): raise ValueError(f'{file} is not a recipe: it needs {", ".join(Recipe.model_fields)}')
-    try: return Recipe.model_validate(found)
+    found = read_recipe(file)
+    try: return with_values(Recipe.model_validate(found), file)
     except ValidationError as error: raise ValueError(explain(error, file, Recipe, 'recipe')) from error

@@ -6,4 +6,5 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/0_basics/00_index.ipynb #2c628044
-MODULES = ('files', 'plain_yaml', 'settings', 'threads', 'devices', 'distributed', 'provenance')  # in reading order
+MODULES = ('files', 'plain_yaml', 'settings', 'threads', 'devices', 'distributed', 'provenance',
+           'listing')  # in reading order

@@ -6,4 +6,5 @@
 __all__ = ['MODULES']
 
 # %% ../../nbs/api/6_search/00_index.ipynb #a13eb9a2
-MODULES = ('search', 'asked', 'starts', 'curves', 'oracle', 'own_tasks', 'chains', 'chain_answers')  # in reading order
+MODULES = ('search', 'asked', 'starts', 'curves', 'oracle', 'own_tasks', 'chains', 'chain_answers',
+           'learned_start')  # in reading order

@@ -46,20 +46,23 @@ def retrieve_indices(
     return torch.stack(found)
 
 # %% ../../nbs/api/6_search/03_starts.ipynb #d2de94d8
-STARTS = ('encoder', 'shuffled', 'mean', 'noise', 'retrieved')
+STARTS = ('encoder', 'shuffled', 'mean', 'noise', 'retrieved', 'learned')
 
 
 @dataclass(frozen=True, eq=False)
 class Starts:
     "Where searches begin."
     encoder: nn.Module
-    table: PuzzleEmbedding | None = None  # None where all starts are the encoder's
+    table: PuzzleEmbedding | None = None  # None where no start is of the table
     names: tuple[str, ...] = ('encoder', 'mean', 'noise')  # of STARTS
+    learned: Tensor | None = None  # (T, D), from `learn_start`; None where that is no start
 
     def __post_init__(self):
         if unknown := [s for s in self.names if s not in STARTS]: raise ValueError(f'there is no start {unknown[0]!r}; there are {", ".join(STARTS)}')
-        if self.table is None and not set(self.names) <= {'encoder', 'shuffled'}:
-            raise ValueError(f'{", ".join(self.names)}: the mean row, noise and retrieval need a table')
+        of_table = [s for s in self.names if s in ('mean', 'noise', 'retrieved')]
+        if self.table is None and of_table: raise ValueError(f'{", ".join(of_table)}: the mean row, noise and retrieval need a table')
+        if self.learned is None and 'learned' in self.names:
+            raise ValueError('learned: there is no start that was learned; etrm learn-start makes one')
 
     def contexts(self,
         decoder: Decoder,
@@ -74,5 +77,6 @@ class Starts:
             shuffled=lambda: shuffled(own, groups),
             mean=lambda: rows.mean(0, keepdim=True).expand(len(own), -1, -1),
             noise=lambda: rows.mean(0) + rows.std(0) * torch.randn(len(own), *rows.shape[1:]),
-            retrieved=lambda: rows[retrieve_indices(decoder, rows, queries.demos()).to(rows.device)])
+            retrieved=lambda: rows[retrieve_indices(decoder, rows, queries.demos()).to(rows.device)],
+            learned=lambda: self.learned.expand(len(own), -1, -1))
         return {name: ways[name]() for name in self.names}
