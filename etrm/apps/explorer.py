@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['verdict', 'counted', 'panels', 'draw_panel', 'plot_exploration', 'describe', 'import_widgets', 'read_set', 'as_html',
-           'Explorer']
+           'page_of', 'Explorer', 'OwnExplorer']
 
 # %% ../../nbs/api/8_apps/02_explorer.ipynb #ad62b27e
 import base64
 import html
 import io
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..tasks.drawing import draw_grid
-from ..tasks.task import Task, check_fits
+from ..tasks.task import Task, check_fits, that_fit
 from ..tasks.reading import load_tasks
 from ..data.puzzles import PuzzleData, unaugmented
 from ..model.decoder import Decoder
@@ -27,8 +29,10 @@ from ..model.contexts import PuzzleEmbedding
 from ..training.row_names import check_names
 from ..evaluation.answers import contexts_of
 from ..evaluation.plots import as_label
+from ..search.own_tasks import searched
 from ..experiments.configurations import ExperimentConfig
-from .exploration import Exploration, explore, set_contexts
+from ..experiments.loading import load_encoder
+from .exploration import Exploration, explore, explore_searched, set_contexts
 
 # %% ../../nbs/api/8_apps/02_explorer.ipynb #7a8b2ada
 def verdict(seen: Exploration, grid: np.ndarray) -> str:
@@ -52,8 +56,9 @@ def panels(
     told = lambda title, m: (f'{title}\n{verdict(seen, m.grid)}, halt {m.halt:.0%}', m.grid)
     said = lambda c: f'{counted(c.count)}, halt {c.confidence:.0%}\n{verdict(seen, c.grid)}'
     answers = [told(f'step {s}' + (' (chosen)' if s == step else ''), steps[s]) for s in some]
+    explains = f', {seen.explained[0]} of {len(seen.task.train)} explained' if seen.explained else ''
     return {
-        'demonstrations': [(f'{i} {side}', g) for i, p in shown for side, g in (('in', p.input), ('out', p.output))],
+        f'demonstrations{explains}': [(f'{i} {side}', g) for i, p in shown for side, g in (('in', p.input), ('out', p.output))],
         'query, and the answer after each supervision step': [
             ('query', query.input), *answers, ('truth', query.output)],
         f'within step {step}: after each H cycle': [
@@ -97,6 +102,9 @@ def describe(
     controls = ', '.join(name for name, g in seen.answers.items() if seen.right(g)) or 'none'
     answer = f'{seen.task.name}: the answer is {verdict(seen, at.grid)} after step {step} (halt {at.halt:.0%})'
     others = f'other contexts that answer right: {controls}'
+    if seen.explained:
+        K, own, best = len(seen.task.train), seen.explained[0], max(seen.explained)
+        answer += f'; its context explains {own} of {K} demonstrations, the best of {len(seen.explained)} views {best}'
     if not seen.candidates: return f'{answer}; {others}; there is no vote.'
     best, votes = seen.candidates[0], sum(c.count for c in seen.candidates)
     return f'{answer}; {others}; the vote is {verdict(seen, best.grid)} with {counted(best.count)} of {votes}.'
@@ -126,6 +134,17 @@ def as_html(
     figure.savefig(file := io.BytesIO(), format='png', dpi=90, facecolor='white')
     picture, words = base64.b64encode(file.getvalue()).decode(), html.escape(words)
     return f'<p>{words}</p><img alt="{words}" style="max-width:100%" src="data:image/png;base64,{picture}">'
+
+# %% ../../nbs/api/8_apps/02_explorer.ipynb #5d11f62a
+def page_of(
+    explorations: Iterable[Exploration],
+    title: str,
+) -> str:  # HTML, pictures included
+    "A page of explored queries, one under the other, after the last step each."
+    shown = [as_html(plot_exploration(seen), describe(seen, seen.moments[-1].step)) for seen in explorations]
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title>'
+    body = '<hr>'.join(shown)
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 # %% ../../nbs/api/8_apps/02_explorer.ipynb #7a4efb23
 class Explorer:
@@ -158,19 +177,26 @@ class Explorer:
         "Fill the menu of tasks; numbers tell tasks of one family apart."
         name = self.set.value
         label = lambda i, t: f'{i}: {t.rule["family"] if t.rule else t.name}'
-        self.task.options = [(label(i, t), (name, i)) for i, t in enumerate(self.sets[name])]
+        which = lambda t, q: f', test input {q + 1}' if len(t.test) > 1 else ''
+        self.task.options = [
+            (label(i, t) + which(t, q), (name, i, q)) for i, t in enumerate(self.sets[name]) for q in range(len(t.test))]
         if self.task.index is None: self.task.index = 0  # a menu that was empty chooses nothing by itself
 
     def seen(self) -> Exploration:
-        "What is to be seen of the chosen task, computed once."
-        name, index = self.task.value
+        "What is to be seen of the chosen query, computed once."
+        chosen = self.task.value
+        if chosen not in self.of_task: self.of_task[chosen] = self.explored(*chosen)
+        return self.of_task[chosen]
+
+    def explored(self,
+        name: str,  # of a set
+        index: int,  # of a task in it
+        query: int,  # which of its test pairs
+    ) -> Exploration:
         tasks = self.sets[name]
         if name not in self.of_set:
             self.of_set[name] = set_contexts(self.config, self.encoder, tasks, self.decoder.config.canvas)
-        if (name, index) not in self.of_task:
-            row = self.row(tasks[index])
-            self.of_task[name, index] = explore(self.decoder, *self.of_set[name], tasks, index, row=row)
-        return self.of_task[name, index]
+        return explore(self.decoder, *self.of_set[name], tasks, index, query, self.row(tasks[index]))
 
     def row(self, task: Task) -> Tensor | None:
         "The table's context for a task that it knows."
@@ -185,3 +211,23 @@ class Explorer:
     def _ipython_display_(self):
         from IPython.display import display
         display(self.widget)
+
+# %% ../../nbs/api/8_apps/02_explorer.ipynb #d821433e
+class OwnExplorer(Explorer):
+    "The same menus for tasks of one's own: each is searched when it is chosen, as `etrm search` does."
+    def __init__(self,
+        tasks: list[Task] | str | Path,  # or where they are
+        checkpoint: str | Path,  # of an encoder run
+        device: str | torch.device = 'cpu',
+        skip_too_large: bool = False,  # leave out tasks that the decoder's canvas has no room for, and say which
+    ):
+        decoder, encoder, config = load_encoder(checkpoint, device)
+        self.found = {}  # by task
+        asked = that_fit(read_set(tasks), decoder.config.canvas, skip_too_large)
+        super().__init__(config, decoder, encoder, {'own tasks' if isinstance(tasks, list) else str(tasks): asked})
+
+    def explored(self, name: str, index: int, query: int) -> Exploration:
+        task = self.sets[name][index]
+        if index not in self.found:
+            self.found[index] = searched(self.decoder, self.encoder, [task], self.config.search, self.config.evaluation.num_aug)
+        return explore_searched(self.decoder, self.found[index], task, query)

@@ -24,6 +24,7 @@ from ..evaluation.intervals import Rate
 from ..evaluation.scores import pass_at_k
 from ..evaluation.submissions import submission
 from .asked import AskedSet
+from .own_tasks import first_votes
 from .chains import ChainConfig, Chains, TaskGrids, final_logits, search_chains
 
 # %% ../../nbs/api/6_search/08_chain_answers.ipynb #253b4ed8
@@ -95,12 +96,13 @@ def chain_tasks(
         before, after = search_chains(decoder, source, library, grids, config)
         best = after.most_right()
         found.append(answers_of_chains(decoder, best, grids.queries, task.name))
-        known = all(p.output is not None for p in task.test)
+        known, votes = all(p.output is not None for p in task.test), vote(found[-1], [task])
         summary.append(dict(
             task=task.name,
             loss_before=round(before.losses.min().item(), 4),
             loss_after=round(after.losses.min().item(), 4),
             demonstrations=len(grids.inputs),
             answered=int(best.right[0]),
-            solved=pass_at_k(vote(found[-1], [task]), [task]).first[0] if known else None))
+            votes=[first_votes(answers) for answers in votes[task.name]],
+            solved=pass_at_k(votes, [task]).first[0] if known else None))
     return dict(summary=summary, submission=submission(vote(concatenate(found), tasks)))
