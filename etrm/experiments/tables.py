@@ -20,6 +20,7 @@ from ..tasks.task import Task
 from ..tasks.reading import load_challenges
 from ..tasks.rules import Rule, sample_rules
 from ..tasks.patterns import onehot_programs, pattern_tasks
+from ..tasks.splits import pattern_kind
 from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.dataset import read_dataset, read_identifiers
 from ..data.queries import Queries
@@ -214,7 +215,7 @@ def features_of_rules(
 
 def _patterns(config: ExperimentConfig) -> list[Task]:
     c = config.tasks
-    return pattern_tasks('train', c.max_train_groups, 1, 1, c.seed, config.decoder.canvas, c.pattern_side, c.fold)
+    return pattern_tasks('train', c.max_train_groups, 1, 1, c.seed, pattern_kind(c, config.decoder.canvas))
 
 
 def _rules(config: ExperimentConfig) -> list[Rule]:

@@ -138,6 +138,7 @@ class _CheckpointFiles:
     def config(self) -> dict:
         "What the configuration beside the weights says."
         if not self.config_file.exists():
+            if not self.path.exists(): self.weights_file  # says that there is no checkpoint
             raise CheckpointError(f'{self.config_file} is missing: sizes like L_cycles are not in the weights and must not be guessed')
         check_checksum(self.config_file, self.sha256)
         found = read_plain_yaml(self.config_file, CheckpointError)
