@@ -99,15 +99,17 @@ def describe(
 ) -> str:
     "One exploration in words."
     at = [m for m in seen.moments if m.step == step][-1]
+    said = lambda grid: 'not known to be right' if seen.right(grid) is None else verdict(seen, grid)
+    which = f', test input {seen.query + 1}' if len(seen.task.test) > 1 else ''
     controls = ', '.join(name for name, g in seen.answers.items() if seen.right(g)) or 'none'
-    answer = f'{seen.task.name}: the answer is {verdict(seen, at.grid)} after step {step} (halt {at.halt:.0%})'
+    answer = f'{seen.task.name}{which}: the answer is {said(at.grid)} after step {step} (halt {at.halt:.0%})'
     others = f'other contexts that answer right: {controls}'
     if seen.explained:
         K, own, best = len(seen.task.train), seen.explained[0], max(seen.explained)
         answer += f'; its context explains {own} of {K} demonstrations, the best of {len(seen.explained)} views {best}'
     if not seen.candidates: return f'{answer}; {others}; there is no vote.'
     best, votes = seen.candidates[0], sum(c.count for c in seen.candidates)
-    return f'{answer}; {others}; the vote is {verdict(seen, best.grid)} with {counted(best.count)} of {votes}.'
+    return f'{answer}; {others}; the vote is {said(best.grid)} with {counted(best.count)} of {votes}.'
 
 # %% ../../nbs/api/8_apps/02_explorer.ipynb #030334b7
 def import_widgets():

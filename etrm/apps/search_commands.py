@@ -68,7 +68,7 @@ def asked_search(
 START = ("Checkpoint of an encoder run: the search starts from the encoder's contexts; "
          "or of a decoder with its table: from the mean of its rows.")
 Start = Annotated[Path, typer.Option(help=START)]
-STEPS = 'Gradient steps, 100 if not given; 0 answers from the start.'
+STEPS = "Gradient steps; without it the search.steps of an encoder's configuration, or 100; 0 answers from the start."
 StepsOrNone = Annotated[int | None, typer.Option(min=0, help=STEPS)]
 VIEWS = ('Views of each task, its own and augmented ones: each is searched by itself, '
          'and those that answer most demonstrations vote.')
