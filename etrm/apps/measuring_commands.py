@@ -6,7 +6,7 @@
 __all__ = ['measuring', 'Groups', 'Sets', 'ANY_SETS', 'AnySets', 'EncoderRun', 'VALIDATION', 'Steps', 'STARTS', 'StartNames',
            'SHARE', 'SpreadShare', 'LEARNED', 'Learned', 'ALL_VOTE', 'VotingViews', 'EncoderRuns', 'StepsOfSearch',
            'BEST_VIEWS', 'BestViews', 'FigureFile', 'EncoderThrough', 'SECOND', 'SecondContexts', 'FIRST_ROWS',
-           'FirstRows', 'COMPILE', 'Compiled', 'WhichTasks', 'DecoderWithTable', 'TableFolder', 'Pairs', 'FOUND_RATE',
+           'FirstRows', 'COMPILE', 'Compiled', 'WhichTasks', 'FOUND_RATE', 'DecoderWithTable', 'TableFolder', 'Pairs',
            'StartFolder', 'Updates', 'StartRate', 'Samples', 'marks_of', 'chosen_sets', 'curves_table', 'search_curves',
            'by_name', 'side_by_side', 'chains_table', 'search_chains', 'oracle', 'oracle_table', 'searched_table',
            'learn_start', 'one_row']
@@ -236,6 +236,7 @@ def search_chains(
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #6cd7a784
 WhichTasks = Annotated[str, typer.Argument(help='Name or YAML file: which tasks.')]
+FOUND_RATE = "Rate of the search; without it 0.14 of the rows' standard deviation."
 
 
 @measuring.add
@@ -244,7 +245,8 @@ def oracle(
     overrides: Overrides = None,
     decoder: DecoderPath = LAB_DECODER,
     steps: Steps = 200,
-    lr: Annotated[float, typer.Option(min=0, help='Rate of the search.')] = .05,
+    lr: Annotated[float | None, typer.Option(min=0, help=FOUND_RATE)] = None,
+    rule: SearchRule = None,
     sets: Sets = None,
     device: Device = 'auto',
     out: RowsFile = None,
@@ -257,9 +259,11 @@ def oracle(
     frozen, table, _ = load_checkpoint(source, device=place)
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
     c, marks = config_through(source, config, overrides), marks_of(steps, (0, 5, 20, 50, 100, 200, 400))
+    plan = asked_search(SearchConfig(steps=steps, lr=search_rate(table, lr)), rule=rule)
+    c = c.with_(search=plan.model_dump())  # as it is noted
     with new_file(out) as write:
         asked = asked_sets(frozen, chosen_sets(c, sets, more={}), c.num_demos, new=new_to(c, source))
-        rows = steering.oracle(frozen, table, asked, SearchConfig(steps=steps, lr=lr), marks)
+        rows = steering.oracle(frozen, table, asked, plan, marks)
         print(json.dumps(rows) if as_json else oracle_table(rows))
         write(json.dumps(rows))
 
@@ -274,7 +278,6 @@ def oracle_table(rows: list[dict]) -> str:  # Markdown
 DecoderWithTable = Annotated[Path, typer.Argument(help='Checkpoint of a decoder with its table.')]
 TableFolder = Annotated[Path, typer.Argument(help='Folder to make: the same decoder with the table of found rows.')]
 Pairs = Annotated[int, typer.Option(min=1, help='Training pairs of each task that are searched on.')]
-FOUND_RATE = "Rate of the search; without it 0.14 of the rows' standard deviation."
 
 
 @measuring.add
