@@ -77,7 +77,7 @@ def listing(
         last, commit = entries[-1], (entries[-1]['checkout'] or {}).get('commit') or 'no checkout'
         asked = ', '.join(f"{kind} ({of['tasks']})" for kind, of in last['sets'].items())
         parents = ', '.join(parents_of(last, stored))
-        machine = f"{last['device']}, {last['threads']} threads"
+        machine = f"{last['device']}, {last['threads']} thread{'s' * (last['threads'] != 1)}"
         minutes = f"{sum(entry['seconds'] for entry in entries) / 60:.0f}"
         rows.append([f'`{name}`', f"`{shown_command(last['arguments'])}`", parents, asked, last['start'][:10], commit[:7], machine, minutes])
     head = ['record', 'command', 'read', 'sets (tasks)', 'day', 'commit', 'device', 'minutes']
