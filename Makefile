@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=disabled MPLBACKEND=agg
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab docs test-browser test-gpu rearc readme export clean
+.PHONY: help run test lab docs test-site test-browser test-gpu rearc readme export clean
 
 help:                          ## what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## */  make \1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
@@ -28,8 +28,11 @@ docs: $(VENV)/.installed-docs   ## the site, from the notebooks as they are
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python docs/build.py
 	@echo "open docs/_build/html/index.html, or serve it: $(BIN)/python -m http.server -d docs/_build/html"
 
-test-browser: docs             ## in Chromium, which must be installed: every page of the site; the experiment in JupyterLab
-	PATH="$(abspath $(BIN)):$$PATH" REQUIRE_BROWSER=1 $(BIN)/pytest -q tests/test_site.py tests/test_jupyterlab.py
+test-site: docs                ## every page of the site in Chromium or Chrome, which must be installed
+	PATH="$(abspath $(BIN)):$$PATH" REQUIRE_BROWSER=1 $(BIN)/pytest -q tests/test_site.py
+
+test-browser: test-site        ## the same, then the experiment in JupyterLab
+	PATH="$(abspath $(BIN)):$$PATH" REQUIRE_BROWSER=1 $(BIN)/pytest -q tests/test_jupyterlab.py
 
 test-gpu: $(VENV)/.installed-dev ## on a machine with a GPU: the tests that need one, then the bench's table
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -q -m cuda tests

@@ -186,6 +186,7 @@ def write_files(files: dict, known: dict):
 def written_page(inside: str, files: dict, known: dict) -> str:
     text = files[inside].read_text()
     text = LINK.sub(lambda m: linked(m, files[inside], Path('files', inside).parent, files), text)
+    known = {name: place for name, place in known.items() if re.search('[A-Z_.]', name)}  # no plain words
     return linked_names(text, known) + (parts.HOWTO if inside == 'docs/howto.md' else '')
 
 

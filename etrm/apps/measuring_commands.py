@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['measuring', 'Groups', 'Sets', 'ANY_SETS', 'AnySets', 'EncoderRun', 'VALIDATION', 'Steps', 'STARTS', 'StartNames',
-           'LEARNED', 'Learned', 'ALL_VOTE', 'VotingViews', 'EncoderRuns', 'StepsOfSearch', 'BEST_VIEWS', 'BestViews',
-           'FigureFile', 'EncoderThrough', 'SECOND', 'SecondContexts', 'FIRST_ROWS', 'FirstRows', 'COMPILE', 'Compiled',
-           'WhichTasks', 'DecoderWithTable', 'TableFolder', 'Pairs', 'FOUND_RATE', 'StartFolder', 'Updates',
-           'StartRate', 'Samples', 'marks_of', 'chosen_sets', 'curves_table', 'search_curves', 'by_name',
-           'side_by_side', 'chains_table', 'search_chains', 'oracle', 'oracle_table', 'searched_table', 'learn_start',
-           'one_row']
+           'SHARE', 'SpreadShare', 'LEARNED', 'Learned', 'ALL_VOTE', 'VotingViews', 'EncoderRuns', 'StepsOfSearch',
+           'BEST_VIEWS', 'BestViews', 'FigureFile', 'EncoderThrough', 'SECOND', 'SecondContexts', 'FIRST_ROWS',
+           'FirstRows', 'COMPILE', 'Compiled', 'WhichTasks', 'FOUND_RATE', 'DecoderWithTable', 'TableFolder', 'Pairs',
+           'StartFolder', 'Updates', 'StartRate', 'Samples', 'marks_of', 'chosen_sets', 'curves_table', 'search_curves',
+           'by_name', 'side_by_side', 'chains_table', 'search_chains', 'oracle', 'oracle_table', 'searched_table',
+           'learn_start', 'one_row']
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #6d18e7c4
 import json
@@ -30,7 +30,7 @@ from ..training.saving import save_checkpoint
 from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..evaluation.intervals import Rate
 from ..evaluation.plots import plot_search, png_bytes
-from ..search.search import SearchConfig, search_rate
+from ..search.search import SPREAD_SHARE, SearchConfig, encoder_rate, search_rate
 from ..search.asked import asked_sets
 from ..search.starts import Starts
 from ..search import chain_answers, curves, learned_start, oracle as steering
@@ -86,6 +86,8 @@ Steps = Annotated[int, typer.Option(min=0, help='Gradient steps.')]
 STARTS = ("Where to start, separated by commas; three more: shuffled, the encoder's context for another task; "
           "retrieved, the embedding of the table that answers most demonstrations; and learned, that of --learned.")
 StartNames = Annotated[str, typer.Option(help=STARTS)]
+SHARE = f"The rate, instead of --lr, as a share of the spread of the encoder's contexts; without both {SPREAD_SHARE:g}, or the configuration's rate."
+SpreadShare = Annotated[float | None, typer.Option('--share', min=0, help=SHARE)]
 LEARNED = 'Folder that etrm learn-start made, for the start that is called learned.'
 Learned = Annotated[Path | None, typer.Option(help=LEARNED)]
 ALL_VOTE = ('Views of each task, its own and augmented ones: each is searched by itself, '
@@ -113,6 +115,7 @@ def search_curves(
     decoder: DecoderPath = LAB_DECODER,
     steps: Steps = 50,
     lr: SearchRate = None,
+    share: SpreadShare = None,
     rule: SearchRule = None,
     starts: StartNames = 'encoder,mean,noise',
     learned: Learned = None,
@@ -126,6 +129,7 @@ def search_curves(
     """Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row
     and noise.
     Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"""
+    if lr is not None and share is not None: raise ValueError('--lr and --share both say the rate: give one of them')
     asked, marks = names_of(starts, '--starts'), marks_of(steps, (0, 1, 5, 10, 20, 50, 100, 200))
     place, source = announced(device), Checkpoint(decoder)
     frozen, encoder, config = load_encoder(checkpoint, place)
@@ -135,6 +139,7 @@ def search_curves(
     begin, beside = Starts(encoder, table, tuple(asked), start), [source if table is not None else None, learned]
     new = new_to(config, *(other for other in beside if other is not None))
     config = config.with_(tasks=dict(max_eval_groups=groups))
+    if share is not None: lr = encoder_rate(encoder, share)
     search = asked_search(config.search, steps=steps, lr=lr, rule=rule)
     config = config.with_(search=search)  # as it is noted
     with new_file(out) as write:
@@ -231,6 +236,7 @@ def search_chains(
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #6cd7a784
 WhichTasks = Annotated[str, typer.Argument(help='Name or YAML file: which tasks.')]
+FOUND_RATE = "Rate of the search; without it 0.14 of the rows' standard deviation."
 
 
 @measuring.add
@@ -239,7 +245,8 @@ def oracle(
     overrides: Overrides = None,
     decoder: DecoderPath = LAB_DECODER,
     steps: Steps = 200,
-    lr: Annotated[float, typer.Option(min=0, help='Rate of the search.')] = .05,
+    lr: Annotated[float | None, typer.Option(min=0, help=FOUND_RATE)] = None,
+    rule: SearchRule = None,
     sets: Sets = None,
     device: Device = 'auto',
     out: RowsFile = None,
@@ -252,9 +259,11 @@ def oracle(
     frozen, table, _ = load_checkpoint(source, device=place)
     if table is None: raise ValueError(f'{decoder} holds no table: the search starts from the mean of its rows')
     c, marks = config_through(source, config, overrides), marks_of(steps, (0, 5, 20, 50, 100, 200, 400))
+    plan = asked_search(SearchConfig(steps=steps, lr=search_rate(table, lr)), rule=rule)
+    c = c.with_(search=plan.model_dump())  # as it is noted
     with new_file(out) as write:
         asked = asked_sets(frozen, chosen_sets(c, sets, more={}), c.num_demos, new=new_to(c, source))
-        rows = steering.oracle(frozen, table, asked, SearchConfig(steps=steps, lr=lr), marks)
+        rows = steering.oracle(frozen, table, asked, plan, marks)
         print(json.dumps(rows) if as_json else oracle_table(rows))
         write(json.dumps(rows))
 
@@ -269,7 +278,6 @@ def oracle_table(rows: list[dict]) -> str:  # Markdown
 DecoderWithTable = Annotated[Path, typer.Argument(help='Checkpoint of a decoder with its table.')]
 TableFolder = Annotated[Path, typer.Argument(help='Folder to make: the same decoder with the table of found rows.')]
 Pairs = Annotated[int, typer.Option(min=1, help='Training pairs of each task that are searched on.')]
-FOUND_RATE = "Rate of the search; without it 0.14 of the rows' standard deviation."
 
 
 @measuring.add

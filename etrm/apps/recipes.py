@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..basics.plain_yaml import read_plain_yaml
+from ..basics.listing import PLACES
 from ..basics.settings import Settings
 from ..evaluation.intervals import Rate
 from ..experiments.configurations import explain
@@ -25,7 +26,6 @@ from ..experiments.configurations import explain
 _NAME = r'[a-z0-9][a-z0-9_.-]*'
 Name = Annotated[str, Field(pattern=f'^{_NAME}$')]
 REFERENCE = re.compile(rf'\{{({_NAME}(?:/{_NAME})?)\}}')  # as {table} and {rows_first/table}
-_GIVEN = ('--out', '--runs', '--resume', '--device')
 
 
 class Step(Settings):
@@ -39,7 +39,7 @@ class Step(Settings):
     def _is_a_line(cls, command: str) -> str:
         words = shlex.split(command)
         if not words: raise ValueError('it is empty: write a line of the command line, without etrm')
-        given = [word for word in words if word.partition('=')[0] in _GIVEN]
+        given = [word for word in words if word.partition('=')[0] in PLACES]
         if given: raise ValueError(f'{given[0]} is given where the recipe runs: leave it out')
         return command
 

@@ -94,8 +94,8 @@ def known_puzzles(
 
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #76a4b039
 def reads_embeddings(config: ExperimentConfig) -> bool:
-    "Whether an encoder is fitted to a table's embeddings."
-    return bool(config.regression or config.train.rows or config.encoder.get('output', 'rms') != 'rms')
+    "Whether an encoder is fitted to embeddings of its tasks; their mean and spread alone say nothing of a task."
+    return bool(config.regression or config.train.rows)
 
 
 def check_embeddings(

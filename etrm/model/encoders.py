@@ -45,9 +45,13 @@ class EncoderConfig(Settings):
     output: Literal['rms', 'matched', 'covariance'] = Field('rms', description=(
         "rms: root mean square 1; matched: the mean and scale of the table's contexts; "
         'covariance: their mean and whole covariance'))
+    written_tokens: int = Field(0, ge=0, le=10_000, description=(
+        'write so many of the T tokens and zeros behind them, as an official table does with 1; 0: all'))
 
     @model_validator(mode='after')
     def _fits_a_machine(self):
+        if self.written_tokens > self.puzzle_emb_len:
+            raise ValueError(f'written_tokens {self.written_tokens} are more than the context has: puzzle_emb_len is {self.puzzle_emb_len}')
         layers = self.encoder_num_layers + self.encoder_set_layers
         check_size(self.width, self.expansion, layers, self.canvas**2 + self.puzzle_emb_len)
         return self
@@ -202,7 +206,9 @@ class DemoEncoder(_DemoReader):
         if self.out is not None: x = self.out(x)
         x = rms_norm(x.reshape(len(x), self.config.puzzle_emb_len, self.config.hidden_size))
         if self.config.output == 'covariance': x = (x.flatten(1) @ self.out_root).view_as(x)
-        return x * self.out_scale + self.out_mean
+        x = x * self.out_scale + self.out_mean
+        if not (written := self.config.written_tokens): return x
+        return F.pad(x[:, :written], (0, 0, 0, x.shape[1] - written))
 
     def sample(self, x: Tensor, mask: Tensor) -> Tensor:
         "Draw around x in training, its mean in evaluation; the divergence goes to `extra_loss`, a mean over the batch."

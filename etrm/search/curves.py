@@ -64,14 +64,14 @@ def vote_hits(
 
 
 def most_right(
-    names: list[str],  # of views
-    right: np.ndarray,  # how many demonstrations the context of each answers
-) -> dict[str, int]:  # by task
-    "How many demonstrations the best view of each task answers."
+    names: Iterable[str],  # of views
+    right: Iterable,  # how many demonstrations the context of each answers, or tuples that begin with it
+) -> dict:  # by task
+    "What the best view of each task answers."
     best = {}
-    for view, n in zip(names, right.tolist()):
+    for view, found in zip(names, right):
         name = Augmentation.from_name(view)[0]
-        best[name] = max(n, best.get(name, 0))
+        best[name] = max(found, best.get(name, found))
     return best
 
 
@@ -81,7 +81,7 @@ def voted_views(
     right: np.ndarray,  # (Q,) how many demonstrations each answers
 ) -> dict:
     "What is solved by the vote of all views, of those that answer most demonstrations, and of the new ones."
-    most = most_right(predictions.names, right)
+    most = most_right(predictions.names, right.tolist())
     row = dict(views=asked.views, best_demonstrations=[most[t.name] for t in asked.tasks for _ in t.test])
     row |= vote_hits('voted', predictions, asked.tasks)
     row |= vote_hits('best_voted', keep_best_views(predictions, right), asked.tasks)

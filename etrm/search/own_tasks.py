@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..basics.devices import where_is
-from ..tasks.augmentations import Augmentation
 from ..tasks.task import Task
 from ..data.puzzles import puzzle_data
 from ..data.queries import Demos, Queries
@@ -24,6 +23,7 @@ from ..evaluation.submissions import submission
 from ..evaluation.answers import answer, contexts_of
 from .search import SearchConfig, context_losses, search, search_batch
 from .asked import demonstrations_and_cells_right
+from .curves import most_right
 
 # %% ../../nbs/api/6_search/06_own_tasks.ipynb #c1299c3f
 def own_start(
@@ -51,10 +51,7 @@ def summary_of(
     known = [t for t in tasks if all(p.output is not None for p in t.test)]
     solved = dict(zip([t.name for t in known], pass_at_k(votes, known).first)) if known else {}
     at = lambda name, step: round(losses[name][step].item(), 4)
-    best = {}
-    for view, found in explains.items():
-        name = Augmentation.from_name(view)[0]
-        best[name] = max(found, best.get(name, found))
+    best = most_right(explains, explains.values())
     return [dict(
         task=t.name, loss_before=at(t.name, 0), loss_after=at(t.name, -1), demonstrations=len(t.train),
         answered=int(best[t.name][0]), cells=round(float(best[t.name][1]), 4),
