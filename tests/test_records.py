@@ -14,7 +14,7 @@ from etrm.basics.listing import records_in
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / 'checkpoints'
 RECIPES = [name for name in recipe_names() if (SHIPPED / name).is_dir() and name != 'real_compare']  # older than its recipe
-PREDICTIONS = {'real_': SHIPPED / 'real_predictions.json', 'lineage_': SHIPPED / 'lineage_predictions.json'}
+OF_REAL_RULES, OF_THE_LAB = SHIPPED / 'real_predictions.json', SHIPPED / 'lineage_predictions.json'
 
 
 def git(*words: str) -> subprocess.CompletedProcess:
@@ -57,7 +57,7 @@ def test_a_step_read_what_another_step_made(name):
 @pytest.mark.skipif(not whole_history(), reason='there is no whole git history')
 @pytest.mark.parametrize('name', RECIPES)
 def test_predictions_are_older(name):
-    file = next(file for begins, file in PREDICTIONS.items() if name.startswith(begins))
+    file = OF_REAL_RULES if name.startswith('real_') else OF_THE_LAB
     last = git('log', '-1', '--format=%H', '--', str(file)).stdout.strip()
     for place, entries in records_in(SHIPPED / name).items():
         for entry in entries:
@@ -69,6 +69,6 @@ def test_every_recipe_is_read():
 
 
 def test_predictions_are_read():
-    for file in PREDICTIONS.values():
+    for file in (OF_REAL_RULES, OF_THE_LAB):
         found = json.loads(file.read_text())
         assert found and all({'about', 'prediction'} <= set(entry) for entry in found)

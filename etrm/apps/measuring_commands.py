@@ -186,7 +186,8 @@ def side_by_side(
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #93e61755
 EncoderThrough = Annotated[Path, typer.Argument(help='Checkpoint of an encoder run, trained through the decoder.')]
-SECOND = 'Where second contexts come from: encoder, or mean, the mean row, as a control.'
+SECOND = ('Where second contexts come from: encoder, or mean, the mean row, as a control; '
+          'or retrieved: no first context, and one alone is searched, from the rows that answer best.')
 SecondContexts = Annotated[str, typer.Option(help=SECOND)]
 FIRST_ROWS = 'Only the first N rows of the table are tried as first contexts.'
 FirstRows = Annotated[int | None, typer.Option(min=1, help=FIRST_ROWS)]
@@ -218,18 +219,18 @@ def search_chains(
     """Answer tasks by two contexts in a row, a row of the decoder's table and one from the encoder, searched
     along the gradient.
     Example: etrm search-chains checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets compositions --groups 4"""
-    if start not in ('encoder', 'mean'): raise ValueError(f'--start is {start!r}: choose encoder or mean')
+    if start not in ('encoder', 'mean', 'retrieved'): raise ValueError(f'--start is {start!r}: choose encoder, mean or retrieved')
     planned = stages_of(stages)  # before anything is read
     place, source = announced(device), Checkpoint(decoder)
     frozen, encoder, config = load_encoder(checkpoint, place)
     table = table_for(frozen, source)
-    library, second = table.contexts()[:rows], encoder if start == 'encoder' else table.contexts().mean(0)
+    library, second = table.contexts()[:rows], dict(encoder=encoder, mean=table.contexts().mean(0), retrieved=None)[start]
     plan, new = ChainConfig(lr=search_rate(table, lr), stages=planned), new_to(config, source)
     config, found = config.with_(tasks=dict(max_eval_groups=groups)), []
     with new_file(out) as write:
         if compiled: frozen.compile_parts('blocks')
         for asked in asked_sets(frozen, chosen_sets(config, sets), config.num_demos, new=new):
-            about = dict(new_views=asked.about()['new_views'], start=start, rows=len(library))
+            about = asked.about() | dict(start=start, rows=len(library))
             found += [row | about for row in chain_answers.chain_rows(frozen, second, library, asked, plan)]
         print(json.dumps(found) if as_json else chains_table(found))
         write(json.dumps(found))

@@ -57,16 +57,18 @@ def answers_of_chains(
 # %% ../../nbs/api/6_search/08_chain_answers.ipynb #22bde5f5
 def chain_rows(
     decoder: Decoder,
-    source: DemoEncoder | Tensor,  # of the second contexts
+    source: DemoEncoder | Tensor | None,  # of the second contexts; None: one context, of the library
     library: Tensor,  # (R, T, D)
     asked: AskedSet,
     config: ChainConfig,
 ) -> list[dict]:  # without gradient steps, and with them
     "How many tasks chains solve."
-    found, right, seconds, library = ([], []), ([], []), 0., library.to(where_is(decoder))
+    found, right, seconds, library, candidates = ([], []), ([], []), 0., library.to(where_is(decoder)), []
     for task, grids in zip(tqdm(asked.tasks, desc='chains'), grids_of(asked.queries)):
         began = time.monotonic()
-        for i, chains in enumerate(search_chains(decoder, source, library, grids, config)):
+        of_task = search_chains(decoder, source, library, grids, config)
+        candidates.append(len(of_task[0]))
+        for i, chains in enumerate(of_task):
             best = chains.most_right()
             found[i].append(answers_of_chains(decoder, best, grids.queries, task.name))
             right[i].append(int(best.right[0]))
@@ -74,9 +76,9 @@ def chain_rows(
     rows = []
     for steps, predictions, answered in zip((0, config.steps), found, right):
         scores = pass_at_k(vote(concatenate(predictions), asked.tasks), asked.tasks, (1, 2))
-        exact = [int(hit) for of_task in scores.first for hit in of_task]
+        exact = [int(hit) for hits in scores.first for hit in hits]
         solved = Rate.of(exact).as_dict() | dict(exact=exact, solved_2=scores[2].inputs_solved)
-        rows.append(dict(set=asked.name, steps=steps) | solved | dict(demonstrations=answered))
+        rows.append(dict(set=asked.name, steps=steps) | solved | dict(demonstrations=answered, candidates=candidates))
     rows[1]['seconds'] = round(seconds, 1)
     return rows
 

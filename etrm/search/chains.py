@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['final_logits', 'on_empty_canvas', 'first_steps', 'Chains', 'as_chains', 'second_contexts', 'ChainConfig', 'refined',
-           'TaskGrids', 'search_chains']
+           'TaskGrids', 'all_candidates', 'search_chains']
 
 # %% ../../nbs/api/6_search/07_chains.ipynb #218d4bbb
 from dataclasses import dataclass
@@ -162,17 +162,32 @@ class TaskGrids:
         return TaskGrids(*(grids.to(device) for grids in (self.inputs, self.outputs, self.queries)))
 
 
+
+def all_candidates(
+    decoder: Decoder,
+    source: DemoEncoder | Tensor | None,  # of the second contexts, as in `second_contexts`; None: there is no first step
+    library: Tensor,  # (R, T, D) first contexts to try; without first steps the contexts
+    grids: TaskGrids,
+) -> Chains:
+    "All candidates, before any gradient step."
+    every, K = torch.cat([grids.inputs, grids.queries]), len(grids.inputs)
+    if source is None:
+        as_they_are = torch.full((len(library),), -1, device=every.device)
+        return as_chains(decoder, as_they_are, every.expand(len(library), -1, -1), library.to(every.device), grids.outputs)
+    between, first = first_steps(decoder, library, every)
+    return as_chains(decoder, first, between, second_contexts(source, between[:, :K], grids.outputs), grids.outputs)
+
+
+# %% ../../nbs/api/6_search/07_chains.ipynb #a12146f3
 def search_chains(
     decoder: Decoder,
-    source: DemoEncoder | Tensor,  # of the second contexts, as in `second_contexts`
-    library: Tensor,  # (R, T, D) first contexts to try
+    source: DemoEncoder | Tensor | None,  # as in `all_candidates`
+    library: Tensor,  # (R, T, D)
     grids: TaskGrids,
     config: ChainConfig,
 ) -> tuple[Chains, Chains]:  # all as proposed; those kept, after the last stage
     "Chains of a library's context and a proposed one that answer the demonstrations."
     grids = grids.to(where_is(decoder))
-    between, first = first_steps(decoder, library, torch.cat([grids.inputs, grids.queries]))
-    contexts = second_contexts(source, between[:, :len(grids.inputs)], grids.outputs)
-    kept = proposed = as_chains(decoder, first, between, contexts, grids.outputs)
+    kept = every = all_candidates(decoder, source, library, grids)
     for n, steps in config.stages: kept = refined(decoder, kept.best(n), grids.outputs, config.search(steps))
-    return proposed, kept
+    return every, kept
