@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-FINDINGS = sorted((Path(__file__).resolve().parent.parent / 'nbs').glob('[0-9]*.ipynb'))
+NOTEBOOKS = Path(__file__).resolve().parent.parent / 'nbs'
+FINDINGS = sorted(NOTEBOOKS.glob('[0-9]*.ipynb'))
 DRAWS = ('plt.subplots(', 'figure = plot_', 'draw_pairs(')
 
 
@@ -32,3 +33,8 @@ def test_every_table_is_shown(path):
 def test_no_progress_bar_warning_or_error_is_left(path):
     left = [o for _, outputs in cells_of(path) for o in outputs if o['output_type'] == 'error' or o.get('name') == 'stderr' or shows([o], 'application/vnd.jupyter.widget-view+json')]
     assert left == []
+
+
+@pytest.mark.parametrize('path', sorted((NOTEBOOKS / 'api').rglob('*.ipynb')), ids=lambda path: path.stem)
+def test_no_bar_of_a_library_notebook_is_stored(path):
+    assert 'application/vnd.jupyter.widget' not in path.read_text()

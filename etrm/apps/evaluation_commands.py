@@ -139,8 +139,8 @@ def scenario(
     folder: RunFolder,
     as_json: AsJson = False,
 ):
-    """The scenario verdict of a finished run, from its record and results: on tasks that are new under all
-    their views, and on all.
+    """The scenario verdict of a finished run, from its record and results: by the votes of new views,
+    and by all views.
     Example: etrm scenario runs/cfg_test_frozen_decoder-001"""
     settings = {k: v for k, v in read_config(folder).items() if k != 'decoder_checkpoint'}
     config, results = ExperimentConfig.saved(settings), read_json(folder / 'results.json')

@@ -224,7 +224,8 @@ def search_chains(
     place, source = announced(device), Checkpoint(decoder)
     frozen, encoder, config = load_encoder(checkpoint, place)
     table = table_for(frozen, source)
-    library, second = table.contexts()[:rows], dict(encoder=encoder, mean=table.contexts().mean(0), retrieved=None)[start]
+    contexts = table.contexts()
+    library, second = contexts[:rows], dict(encoder=encoder, mean=contexts.mean(0), retrieved=None)[start]
     plan, new = ChainConfig(lr=search_rate(table, lr), stages=planned), new_to(config, source)
     config, found = config.with_(tasks=dict(max_eval_groups=groups)), []
     with new_file(out) as write:

@@ -35,7 +35,10 @@ def _entry(file: Path) -> dict:
     raise ValueError(f'{file} is not the provenance of a file, as a command writes it: take another copy')
 
 # %% ../../nbs/api/0_basics/08_listing.ipynb #d296bbf5
-def _is_weights(file: str | Path) -> bool: return Path(file).suffix not in ('.yaml', '.json', '.jsonl', '.md', '.png', '.txt')
+_BESIDE = ('.yaml', '.json', '.jsonl', '.md', '.png', '.txt')
+
+
+def _is_weights(file: str | Path) -> bool: return Path(file).suffix not in _BESIDE
 
 
 def hashes_in(

@@ -120,9 +120,10 @@ def paired_difference(
 def smallest_difference(
     n: int,  # tasks
     losses: int = 0,  # tasks that only the other arm solves
+    level: float = .95,
 ) -> float:  # (wins - losses) / n; nan where even n - losses wins would not do
     "The least difference of solved shares whose interval would lie above 0."
-    enough = (wins for wins in range(losses + 1, n - losses + 1) if _score_bound(wins, losses, n) > 0)
+    enough = (wins for wins in range(losses + 1, n - losses + 1) if _score_bound(wins, losses, n, level) > 0)
     return (next(enough, float('nan')) - losses) / n
 
 # %% ../../nbs/api/5_evaluation/02_intervals.ipynb #f7ee80cc

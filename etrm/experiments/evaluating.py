@@ -11,7 +11,9 @@ from typing import Callable, Iterator
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
+from ..basics.distributed import is_rank_zero
 from ..basics.provenance import asks
 from ..tasks.task import Task
 from ..data.puzzles import puzzle_data, PuzzleData, unaugmented
@@ -25,8 +27,9 @@ from ..training.checkpoints import Checkpoint, load_checkpoint
 from ..training.statistics import context_statistics
 from ..evaluation.votes import keep_new_views, Predictions, vote, Votes
 from ..evaluation.intervals import Rate, rate_table
-from ..evaluation.scores import pass_at_k
+from ..evaluation.scores import pass_at_k, Scores
 from ..evaluation.answers import answer, contexts_of, copy_answers
+from .sections import EvaluationConfig
 from .configurations import ExperimentConfig
 from .task_sets import make_task_sets, newness
 from .loading import load_encoder, table_for
@@ -47,11 +50,13 @@ def score(
     if new is None: return row, votes
     bits = new_view_bits(new)
     some = [t for t in tasks if '1' in bits[t.name]]
-    first = pass_at_k(vote(keep_new_views(predictions, new), some), some).first if some else []
-    return row | dict(new_views=bits, tasks_new_views={t.name: all(inputs) for t, inputs in zip(some, first)}), votes
+    again = pass_at_k(vote(keep_new_views(predictions, new), some), some) if some else Scores(())
+    first = {t.name: all(inputs) for t, inputs in zip(some, again.first)}
+    of_new = dict(tasks_new_views=first, pass_at_k_new_views=again.as_dict() if some else {})
+    return row | dict(new_views=bits) | of_new, votes
 
 # %% ../../nbs/api/7_experiments/10_evaluating.ipynb #47975422
-AMONG = {'all views': 'all tasks, all views vote', 'new views': 'only views vote that no training rule explains',
+AMONG = {'all views': 'all tasks, all views vote', 'new views': 'tasks with a new view, new views alone vote',
          'new tasks': 'only tasks without a training rule among their views'}
 
 
@@ -97,6 +102,11 @@ def table_answers(
     return answer(decoder, queries, contexts_of(table, queries)[0])
 
 # %% ../../nbs/api/7_experiments/10_evaluating.ipynb #117aca1b
+def _beside(e: EvaluationConfig, name: str) -> bool:
+    "Whether a set does not decide, and is asked less."
+    return bool(e.others) and name != e.decides
+
+
 def evaluate(
     config: ExperimentConfig,
     decoder: Decoder,
@@ -109,21 +119,23 @@ def evaluate(
     "Score the encoder and everything it must beat, on every evaluation set."
     rows, votes, e = [], {}, config.evaluation
     new = new or newness(config)
+    controls = {name: ('shuffled',) if _beside(e, name) else tuple(CONTROLS) for name in sets}
+    total = sum(2 + len(some) for some in controls.values())  # encoder and copy
+    bar = tqdm(total=total, desc='evaluation', mininterval=1, disable=not is_rank_zero())
     for name, tasks in sets.items():
-        beside = e.others and name != e.decides
-        if beside: tasks = tasks[:e.others]
+        if _beside(e, name): tasks = tasks[:e.others]
         asks(name, len(tasks))
         data = puzzle_data(tasks, decoder.config.canvas, e.num_aug, config.tasks.seed)
         views, queries = new(name, data), Queries.of(data, decoder, config.num_demos, e.batch_size)
-        controls = ('shuffled',) if beside else tuple(CONTROLS)
-        for method, predictions in answers_of(encoder, decoder, queries, controls, config.tasks.seed):
+        for method, predictions in answers_of(encoder, decoder, queries, controls[name], config.tasks.seed):
             row, found = score(name, method, predictions, tasks, views)
-            rows.append(row)
+            rows.append(row); bar.update()
             if method == 'encoder': votes[name] = found
         if table is not None and name == 'training tasks':
             predictions = table_answers(table, decoder, tasks, known, e.batch_size)
             own = {view: views[view] for view in predictions.names}
             rows.append(score(name, 'table', predictions, tasks, own)[0])
+    bar.close()
     return rows, votes
 
 # %% ../../nbs/api/7_experiments/10_evaluating.ipynb #51016357

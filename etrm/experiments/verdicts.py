@@ -35,11 +35,11 @@ def verdicts_of(
     record: list[dict],
     rows: list[dict],
 ) -> dict[str, Verdict]:  # by keys of AMONG, the one to go by first
-    "The verdict on tasks that are new under all their views, and the verdict on all tasks."
+    "The verdict by the votes of new views alone, and the verdict by all views."
     decisive = [r for r in rows if r['set'] == config.evaluation.decides]
     says = bool(decisive) and all('new_views' in r for r in decisive)
-    several = says and len(solved_among(decisive[0], 'new tasks')) > 1
-    return {a: verdict_of(config, record, rows, a) for a in (['new tasks'] if several else []) + ['all views']}
+    several = says and len(solved_among(decisive[0], 'new views')) > 1
+    return {a: verdict_of(config, record, rows, a) for a in (['new views'] if several else []) + ['all views']}
 
 # %% ../../nbs/api/7_experiments/11_verdicts.ipynb #14838e93
 def verdict_file(verdicts: dict[str, Verdict]) -> dict:
@@ -53,7 +53,7 @@ def say_verdicts(verdicts: dict[str, Verdict]) -> str:
     (among, first), *rest = verdicts.items()
     lines = [f'On {AMONG[among]}:', str(first)]
     if among == 'all views' and not rest:
-        lines += ['Which views are new is not known of these results: evaluate the checkpoint again for a verdict on new tasks.']
+        lines += ['Which views are new is not known of these results: evaluate the checkpoint again for a verdict by new views.']
     return '\n'.join(lines + [f'On {AMONG[a]}: scenario {v.scenario}, {v.evidence[-1].measured}' for a, v in rest])
 
 # %% ../../nbs/api/7_experiments/11_verdicts.ipynb #bedfe3e9
@@ -66,11 +66,11 @@ def closing(
     "What was asked, the table, the verdict, where the figures are, what to try next: one screen."
     c, decides = config.train, config.evaluation.decides
     long = f'{c.minutes:g} minutes' if c.minutes else f'{c.steps} updates'
-    decisive = [r for r in rows if r['set'] == decides and 'new tasks' in verdicts]
-    of_new = lambda r: Rate.of(solved_among(r, 'new tasks').values()).as_dict()
-    again = [r | of_new(r) | dict(set=f'{decides}, new') for r in decisive]
+    decisive = [r for r in rows if r['set'] == decides and 'new views' in verdicts]
+    of_new = lambda r: Rate.of(solved_among(r, 'new views').values()).as_dict()
+    again = [r | of_new(r) | dict(set=f'{decides}, new views') for r in decisive]
     return f"""Does the encoder steer the {'frozen' if c.freeze_decoder else 'trained'} decoder to tasks that neither has seen? ({long} of {c.global_batch_size}, seed {c.seed})
-Tasks solved at the first answer, {config.evaluation.num_aug + 1} views voting (95% interval); '{decides}, new' are those without a training rule among their views:
+Tasks solved at the first answer, {config.evaluation.num_aug + 1} views voting (95% interval); in '{decides}, new views' those vote alone that no training rule explains:
 
 {format_results(again + rows)}
 

@@ -162,7 +162,6 @@ class TaskGrids:
         return TaskGrids(*(grids.to(device) for grids in (self.inputs, self.outputs, self.queries)))
 
 
-
 def all_candidates(
     decoder: Decoder,
     source: DemoEncoder | Tensor | None,  # of the second contexts, as in `second_contexts`; None: there is no first step
@@ -173,9 +172,11 @@ def all_candidates(
     every, K = torch.cat([grids.inputs, grids.queries]), len(grids.inputs)
     if source is None:
         as_they_are = torch.full((len(library),), -1, device=every.device)
-        return as_chains(decoder, as_they_are, every.expand(len(library), -1, -1), library.to(every.device), grids.outputs)
+        same, contexts = every.expand(len(library), -1, -1), library.to(every.device)
+        return as_chains(decoder, as_they_are, same, contexts, grids.outputs)
     between, first = first_steps(decoder, library, every)
-    return as_chains(decoder, first, between, second_contexts(source, between[:, :K], grids.outputs), grids.outputs)
+    contexts = second_contexts(source, between[:, :K], grids.outputs)
+    return as_chains(decoder, first, between, contexts, grids.outputs)
 
 
 # %% ../../nbs/api/6_search/07_chains.ipynb #a12146f3

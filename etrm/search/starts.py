@@ -26,7 +26,7 @@ def retrieve_indices(
     library: Tensor,  # (R, T, D) contexts to try, as all of a table
     demos: Demos,  # (Q, K)
     keep: int = 64,  # of the library, by the loss of a query's first demonstration: they are tried on the others
-    batch_size: int = 1024,  # demonstrations decoded at once
+    batch_size: int = 256,  # demonstrations decoded at once: on two cores 1.5 times as fast as 1,024
 ) -> Tensor:  # (Q,) int64, which of the library
     "The context that answers most demonstrations of each query; of several the one with the least loss."
     if decoder.config.crop is not None: raise ValueError('retrieval tries contexts on the whole canvas: use a decoder without crop')

@@ -15,6 +15,7 @@ from itertools import permutations
 from math import ceil
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .grids import COLOUR_OFFSET
 from .canonical import canonical_pairs
@@ -261,6 +262,9 @@ def _task(rule: Rule, pairs: dict, num_train: int) -> Task:
     return Task(rule.name, pairs[:num_train], pairs[num_train:], made_by)
 
 # %% ../../nbs/api/1_tasks/10_rules.ipynb #e08c9c63
+_MANY = 20_000  # pairs, from which on the drawing takes long enough to be shown
+
+
 def _drawn_tasks(rules: tuple[Rule, ...], draw: _PairDraw) -> tuple[Task, ...]:
     "Pairs of all rules together, until each has as many as it needs."
     pool = np.array(POOLS[draw.split], np.uint64)
@@ -271,7 +275,8 @@ def _drawn_tasks(rules: tuple[Rule, ...], draw: _PairDraw) -> tuple[Task, ...]:
         if not missing: return tuple(_task(rule, pairs, draw.num_train) for rule, pairs in zip(rules, found))
         tries = lambda i: ceil((draw.needed - len(found[i])) * 16 / len(pool)) + 1
         owners = [i for i in missing for _ in range(tries(i))]
-        drawn = [sample_grids(rules[i], rngs[i], draw.canvas, parts[i]) for i in owners]
+        bar = tqdm(owners, desc='drawing pairs', mininterval=1, leave=False, disable=len(owners) < _MANY)
+        drawn = [sample_grids(rules[i], rngs[i], draw.canvas, parts[i]) for i in bar]
         hashes = hash_grids(drawn, draw.canvas)
         for j in np.flatnonzero(np.isin(hashes % np.uint64(16), pool)):
             pairs = found[owners[j]]

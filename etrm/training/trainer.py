@@ -32,7 +32,7 @@ class TrainConfig(LoopConfig):
     compile: Literal['no', 'blocks', 'cycle', 'graphs'] = Field('no', description='what of the decoder torch.compile '
         'takes as one graph: its blocks (true says that too), a whole H cycle, or that as CUDA graphs; '
         'needs a C++ compiler on a CPU, and half a minute')
-    eval_every: int = Field(0, ge=0, description='0 evaluates only at the end')
+    eval_every: int = Field(0, ge=0, description='updates from evaluation to evaluation; 0: none')
     optim: OptimConfig = OptimConfig()
 
     @field_validator('compile', mode='before')
