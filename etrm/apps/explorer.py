@@ -26,6 +26,7 @@ from ..tasks.reading import load_tasks
 from ..data.puzzles import PuzzleData, unaugmented
 from ..model.decoder import Decoder
 from ..model.contexts import PuzzleEmbedding
+from ..training.checkpoints import REAL_RULES
 from ..training.row_names import check_names
 from ..evaluation.answers import contexts_of
 from ..evaluation.plots import as_label
@@ -219,7 +220,7 @@ class OwnExplorer(Explorer):
     "The same menus for tasks of one's own: each is searched when it is chosen, as `etrm search` does."
     def __init__(self,
         tasks: list[Task] | str | Path,  # or where they are
-        checkpoint: str | Path,  # of an encoder run
+        checkpoint: str | Path = REAL_RULES,  # of an encoder run
         device: str | torch.device = 'cpu',
         skip_too_large: bool = False,  # leave out tasks that the decoder's canvas has no room for, and say which
     ):
