@@ -92,15 +92,16 @@ def train(
     resume: Resume = None,
     device: Device = 'auto',
 ):
-    """Train an encoder through a decoder, without evaluating it.
+    """Train an encoder through a decoder; what is asked of it is what `train.eval_every` measures on the way.
     Example: etrm train cfg_test_frozen_decoder train.steps=100"""
     place, source = announced(device), Checkpoint(decoder)
     c = config_through(source, config, overrides)
     frozen, table, trained_as = load_checkpoint(source, device=place)
     check_embeddings(c, trained_as, decoder)
-    settings, tasks = settings_of('train', c, dict(decoder=source)), make_task_sets(c)[0]
+    settings, (tasks, sets) = settings_of('train', c, dict(decoder=source)), make_task_sets(c)
     folder = new_or_resumed(resume, runs, f'{c.name}-train')
-    with open_run(folder, settings, wandb) as record: train_encoder(c, frozen, table, tasks, record)
+    asked = sets if c.train.eval_every else None
+    with open_run(folder, settings, wandb) as record: train_encoder(c, frozen, table, tasks, record, sets=asked)
     if is_rank_zero(): print(folder / 'checkpoint')
 
 # %% ../../nbs/api/8_apps/11_training_commands.ipynb #aff09c9f
