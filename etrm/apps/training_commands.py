@@ -100,8 +100,7 @@ def train(
     check_embeddings(c, trained_as, decoder)
     settings, (tasks, sets) = settings_of('train', c, dict(decoder=source)), make_task_sets(c)
     folder = new_or_resumed(resume, runs, f'{c.name}-train')
-    asked = sets if c.train.eval_every else None
-    with open_run(folder, settings, wandb) as record: train_encoder(c, frozen, table, tasks, record, sets=asked)
+    with open_run(folder, settings, wandb) as record: train_encoder(c, frozen, table, tasks, record, sets=sets)
     if is_rank_zero(): print(folder / 'checkpoint')
 
 # %% ../../nbs/api/8_apps/11_training_commands.ipynb #aff09c9f

@@ -158,7 +158,8 @@ def train_encoder(
         trainer = Trainer(decoder, encoder, stream, config.train, extras)
         if state is RunState.INTERRUPTED: saved.resume(trainer)
         save = saved and (lambda: saved.save(trainer))
-        trainer.run(record, measuring(config, decoder, encoder, sets or {}), save, until)
+        measure = measuring(config, decoder, encoder, sets or {}) if config.train.eval_every else None
+        trainer.run(record, measure, save, until)
         if saved and not trainer.finished: saved.finish(saved.state_of(trainer))
         if trainer.ema: trainer.ema.swap(trainer.modules)
         if saved and trainer.finished: saved.finish()
