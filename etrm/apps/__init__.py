@@ -9,6 +9,6 @@ __all__ = ['MODULES']
 MODULES = (  # in reading order
     'exploration', 'explorer', 'plain_step', 'timing', 'bench_steps', 'bench', 'bench_data',
     'neighbours', 'inspection', 'commands', 'training_commands', 'evaluation_commands',
-    'search_commands', 'measuring_commands', 'file_commands', 'bench_commands',
+    'search_commands', 'measuring_commands', 'steering_commands', 'file_commands', 'bench_commands',
     'recipes', 'recipe_steps', 'recipe_runs', 'recipe_commands', 'shipping', 'cli',
 )
