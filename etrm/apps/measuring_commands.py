@@ -125,8 +125,8 @@ def search_curves(
     if learned is not None and 'learned' not in asked: raise ValueError('--learned names a start that is not asked for: add learned to --starts')
     table = table_for(frozen, source) if {'mean', 'noise', 'retrieved'} & set(asked) else None
     start = None if learned is None else table_for(frozen, learned).contexts()[0].to(place)
-    begin, beside = Starts(encoder, table, tuple(asked), start), [source if table is not None else None, learned]
-    new = new_to(config, *(other for other in beside if other is not None))
+    begin = Starts(encoder, table, tuple(asked), start)
+    new = new_to(config, source, *([learned] if learned is not None else []))
     config = config.with_(tasks=dict(max_eval_groups=groups))
     if share is not None: lr = encoder_rate(encoder, share)
     search = asked_search(config.search, steps=steps, lr=lr, rule=rule)

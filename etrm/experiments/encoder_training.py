@@ -102,7 +102,10 @@ def measuring(
     sets: dict[str, list[Task]],
 ) -> Callable[[], dict[str, float]] | None:  # None where nothing is to be measured
     "A function that measures an encoder, for the record."
-    asked = sets | ({'validation': validation_tasks(config)} if config.evaluation.validation else {})
+    asked = sets
+    if config.evaluation.validation:
+        own = {name: tasks for name, tasks in sets.items() if name == 'training tasks'}
+        asked = own | {'validation': validation_tasks(config)}
     if not asked: return None
     lay_out = lambda tasks: Queries.of(puzzle_data(tasks, decoder.config.canvas), decoder, config.num_demos)
     queries = {name: lay_out(tasks) for name, tasks in asked.items()}

@@ -84,6 +84,6 @@ class EvaluationConfig(Settings):
     batch_size: int = Field(256, ge=1, le=10**6)
     others: int = Field(0, ge=0, le=10**6, description='of the sets that do not decide only the first N tasks, beside '
         'the shuffled control alone; 0: as many as of that one, beside all controls')
-    validation: bool = Field(False, description='measure validation tasks too, whenever the sets are measured '
+    validation: bool = Field(False, description='measure validation tasks, not the held-out sets, whenever is measured '
         'in training: to stop early by')
     decides: str = Field('variants', description='the evaluation set whose pass@1 the verdict rests on')
