@@ -126,7 +126,7 @@ def search_curves(
     table = table_for(frozen, source) if {'mean', 'noise', 'retrieved'} & set(asked) else None
     start = None if learned is None else table_for(frozen, learned).contexts()[0].to(place)
     begin = Starts(encoder, table, tuple(asked), start)
-    new = new_to(config, source, *([learned] if learned is not None else []))
+    new = new_to(config, *filter(None, (source, learned)))
     config = config.with_(tasks=dict(max_eval_groups=groups))
     if share is not None: lr = encoder_rate(encoder, share)
     search = asked_search(config.search, steps=steps, lr=lr, rule=rule)

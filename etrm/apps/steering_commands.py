@@ -35,9 +35,10 @@ from .commands import announced, config_through
 from .search_commands import SearchRule, asked_search
 from .measuring_commands import Steps, chosen_sets, marks_of
 
-# %% ../../nbs/api/8_apps/15_steering_commands.ipynb #6cd7a784
+# %% ../../nbs/api/8_apps/15_steering_commands.ipynb #a51c07d2
 steering = Commands()
 
+# %% ../../nbs/api/8_apps/15_steering_commands.ipynb #6cd7a784
 Sets = Annotated[str | None, typer.Option(help='Only these sets, separated by commas.')]
 WhichTasks = Annotated[str, typer.Argument(help='Name or YAML file: which tasks.')]
 FOUND_RATE = "Rate of the search; without it 0.14 of the rows' standard deviation."

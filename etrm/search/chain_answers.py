@@ -64,7 +64,7 @@ def chain_rows(
 ) -> list[dict]:  # without gradient steps, and with them
     "How many tasks chains solve."
     library, candidates, seconds = library.to(where_is(decoder)), [], 0.
-    found, right, first = ([], []), ([], []), ([], [])  # without gradient steps, and with them
+    found, kept = ([], []), ([], [])  # without gradient steps, and with them
     for task, grids in zip(tqdm(asked.tasks, desc='chains'), grids_of(asked.queries)):
         began = time.monotonic()
         of_task = search_chains(decoder, source, library, grids, config)
@@ -72,16 +72,15 @@ def chain_rows(
         for i, chains in enumerate(of_task):
             best = chains.most_right()
             found[i].append(answers_of_chains(decoder, best, grids.queries, task.name))
-            right[i].append(int(best.right[0]))
-            first[i].append(int(best.first[0]))
+            kept[i].append(dict(demonstrations=int(best.right[0]), first=int(best.first[0])))
         seconds += time.monotonic() - began
     rows = []
-    for steps, predictions, answered, rows_taken in zip((0, config.steps), found, right, first):
+    for steps, predictions, best in zip((0, config.steps), found, kept):
         scores = pass_at_k(vote(concatenate(predictions), asked.tasks), asked.tasks, (1, 2))
         exact = [int(hit) for hits in scores.first for hit in hits]
         solved = Rate.of(exact).as_dict() | dict(exact=exact, solved_2=scores[2].inputs_solved)
-        rows.append(dict(set=asked.name, steps=steps) | solved | dict(demonstrations=answered)
-                    | dict(candidates=candidates, first=rows_taken))
+        of_best = {key: [b[key] for b in best] for key in ('demonstrations', 'first')}  # the best chain of each task
+        rows.append(dict(set=asked.name, steps=steps) | solved | of_best | dict(candidates=candidates))
     rows[1]['seconds'] = round(seconds, 1)
     return rows
 
