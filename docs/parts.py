@@ -1,7 +1,7 @@
 "The parts of the site: pages that list other pages, made of their titles, sentences, answers and tables, and the side bar."
 from pathlib import Path
 
-COMPARISONS, FULL_SCALE = '28_comparisons', '11_full_scale'
+COMPARISONS, FULL_SCALE = '14_comparisons', '12_full_scale'
 
 
 def tree(pages: list[str]) -> str: return '\n\n:::{toctree}\n:hidden:\n\n' + '\n'.join(pages) + '\n:::\n'
@@ -50,7 +50,7 @@ def reference(pages: list) -> str:
 def results(pages: list) -> str:
     "Every chapter's answer and its tables."
     opening = ('Every table of the chapters, with its intervals, below the answer that it supports. '
-               'Intervals are 95%; what each is of, its chapter says. What new tasks leave of all this is [26](26_new_views.ipynb).')
+               'Intervals are 95%; what each is of, its chapter says.')
     return '\n\n'.join(['# Results', opening, *map(results_of, pages)])
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML, README = ROOT / 'docs/_build/html', ROOT / 'README.md'
-ELSEWHERE = ('11_full_scale', '28_comparisons')  # no chapters: the guide and the comparisons
+ELSEWHERE = ('12_full_scale', '14_comparisons')  # no chapters: the guide and the comparisons
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 PHONE, DESKTOP = 390, 1400  # pixels
 PARTS = ['Chapters', 'How-to', 'Reference', 'Results', 'Comparisons', 'Glossary', 'Log of records', 'Changelog', 'All names']
