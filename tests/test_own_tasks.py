@@ -122,5 +122,5 @@ def test_the_explorer_opens_a_folder(tasks):
 
 
 def test_the_labs_decoder_is_still_to_be_had(tasks):
-    row, *_ = json.loads(answered('search', tasks, '--decoder', ROOT / 'checkpoints/lab_decoder', '--steps', 1, '--json'))
+    row, *_ = json.loads(answered('search', tasks, '--decoder', ROOT / 'checkpoints/lineage_1/decoder/checkpoint', '--steps', 1, '--json'))
     assert row['task'] == 'one'

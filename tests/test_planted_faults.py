@@ -22,7 +22,7 @@ from etrm.experiments.task_sets import make_task_sets
 from etrm.tasks.leakage import LeakageError, check_leakage
 from etrm.model.contexts import context_of
 
-LAB = Path(__file__).resolve().parent.parent / 'checkpoints' / 'lab_decoder'
+LAB = Path(__file__).resolve().parent.parent / 'checkpoints/lineage_1/decoder/checkpoint'
 NAME = 'L_level.layers.0.self_attn.qkv_proj.weight'
 
 
@@ -41,8 +41,8 @@ def verify(trm, etrm):  # in this process: test_end_to_end runs the command in o
 
 
 def copy_with(folder, change):
-    "A copy of the lab's checkpoint whose tensors `change` has changed."
-    shutil.copytree(LAB, folder, copy_function=shutil.copyfile)
+    "A copy of the lab's checkpoint whose tensors `change` has changed, without sums that would tell."
+    shutil.copytree(LAB, folder, ignore=shutil.ignore_patterns('SHA256SUMS'), copy_function=shutil.copyfile)
     tensors = load_file(folder / 'model.safetensors')
     change(tensors)
     save_file(tensors, folder / 'model.safetensors')

@@ -29,7 +29,7 @@ from ..experiments.task_sets import make_task_sets
 from ..experiments.loading import load_encoder
 from ..experiments import evaluating as methods, tables
 from ..experiments.verdicts import say_verdicts, verdict_file, verdicts_of
-from .commands import WHICH_TASKS, AsJson, Commands, DecoderPath, Device, LAB_DECODER, announced, number_of
+from .commands import WHICH_TASKS, AsJson, Commands, DecoderPath, Device, DEFAULT_DECODER, announced, number_of
 
 # %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #0578951f
 evaluating = Commands()
@@ -154,7 +154,7 @@ EncoderRun = Annotated[Path, typer.Argument(help='Checkpoint of an encoder run.'
 @evaluating.add
 def compare_contexts(
     checkpoint: EncoderRun,
-    decoder: DecoderPath = LAB_DECODER,
+    decoder: DecoderPath = DEFAULT_DECODER,
     device: Device = 'auto',
 ):
     """Statistics of an encoder's contexts beside those of the table's rows.

@@ -82,7 +82,7 @@ def export(
     canvas: Annotated[int | None, OfOfficial] = None,
 ):
     """Write a decoder and its table in the official TRM layout: step_N and all_config.yaml.
-    Example: etrm export checkpoints/lab_decoder exported"""
+    Example: etrm export checkpoints/lineage_1/decoder/checkpoint exported"""
     fills(folder)
     print(export_official(checkpoint, folder, step, canvas))
 
@@ -102,7 +102,7 @@ def verify_decoder(
 ):
     """Check that both checkpoints hold the same decoder: exit 0 if all tensors are equal and, run as
     configured, it answers the same; else 1. Keys in which the configurations differ are named.
-    Example: etrm verify-decoder --trm-checkpoint checkpoints/lab_decoder --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"""
+    Example: etrm verify-decoder --trm-checkpoint checkpoints/lineage_1/decoder/checkpoint --etrm-checkpoint runs/cfg_test_frozen_decoder-001/checkpoint"""
     both = [Checkpoint(p) for p in (trm_checkpoint, etrm_checkpoint)]
     rows = compare_decoders(*(c.tensors['decoder'] for c in both), tolerance)
     if not rows: raise ValueError(f'neither {trm_checkpoint} nor {etrm_checkpoint} holds a decoder')
@@ -129,5 +129,5 @@ def inspect(
     as_json: AsJson = False,
 ):
     """Say what a checkpoint, a dataset, a run or a folder of tasks is.
-    Example: etrm inspect checkpoints/lab_decoder"""
+    Example: etrm inspect checkpoints/lineage_1/decoder/checkpoint"""
     print(json.dumps(what_is(path), indent=None if as_json else 1))

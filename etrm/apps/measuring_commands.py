@@ -31,7 +31,7 @@ from ..experiments.configurations import ExperimentConfig
 from ..experiments.task_sets import make_task_sets, validation_tasks
 from ..experiments.loading import load_encoder, new_to, table_for
 from ..experiments.side_by_side import side_by_side as compare_runs, side_by_side_table
-from .commands import LAB_DECODER, AsJson, Commands, DecoderPath, Device, RowsFile
+from .commands import DEFAULT_DECODER, AsJson, Commands, DecoderPath, Device, RowsFile
 from .commands import announced, names_of
 from .search_commands import MOST_VIEWS, STAGES, SearchRate, SearchRule, Stages, asked_search, stages_of
 
@@ -101,7 +101,7 @@ def curves_table(
 @measuring.add
 def search_curves(
     checkpoint: EncoderRun,
-    decoder: DecoderPath = LAB_DECODER,
+    decoder: DecoderPath = DEFAULT_DECODER,
     steps: Steps = 50,
     lr: SearchRate = None,
     share: SpreadShare = None,
@@ -117,7 +117,7 @@ def search_curves(
 ):
     """Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row
     and noise.
-    Example: etrm search-curves checkpoints/lab_rows_first/checkpoint --decoder checkpoints/lab_steerable --steps 5 --groups 8"""
+    Example: etrm search-curves checkpoints/lineage_1/encoder/checkpoint --steps 5 --groups 8"""
     if lr is not None and share is not None: raise ValueError('--lr and --share both say the rate: give one of them')
     asked, marks = names_of(starts, '--starts'), marks_of(steps, (0, 1, 5, 10, 20, 50, 100, 200))
     place, source = announced(device), Checkpoint(decoder)
@@ -166,7 +166,7 @@ def side_by_side(
     as_json: AsJson = False,
 ):
     """Encoder runs on the same tasks, without search and with it: one table, one figure.
-    Example: etrm side-by-side checkpoints/lab_run checkpoints/lab_structured_20000 --groups 8 --steps 5 --views 4"""
+    Example: etrm side-by-side checkpoints/lineage_1/report checkpoints/lineage_1/encoder --groups 8 --steps 5 --views 4"""
     place, named = announced(device), by_name(checkpoints)
     with new_file(out, '.png') as write:
         found = compare_runs(named, groups, marks_of(steps, (0, 5, 20, 50, 100)), views, place)
@@ -193,7 +193,7 @@ def chains_table(rows: list[dict]) -> str:  # Markdown
 @measuring.add
 def search_chains(
     checkpoint: EncoderThrough,
-    decoder: DecoderPath = LAB_DECODER,
+    decoder: DecoderPath = DEFAULT_DECODER,
     start: SecondContexts = 'encoder',
     rows: FirstRows = None,
     stages: Stages = STAGES,
@@ -207,7 +207,7 @@ def search_chains(
 ):
     """Answer tasks by two contexts in a row, a row of the decoder's table and one from the encoder, searched
     along the gradient.
-    Example: etrm search-chains checkpoints/lab_rows_held/checkpoint --decoder checkpoints/lab_structured_again --sets compositions --groups 4"""
+    Example: etrm search-chains checkpoints/lineage_1/encoder/checkpoint --sets compositions --groups 4"""
     if start not in ('encoder', 'mean', 'retrieved'): raise ValueError(f'--start is {start!r}: choose encoder, mean or retrieved')
     planned = stages_of(stages)  # before anything is read
     place, source = announced(device), Checkpoint(decoder)

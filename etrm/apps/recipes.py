@@ -25,7 +25,7 @@ from ..experiments.configurations import explain
 # %% ../../nbs/api/8_apps/18_recipes.ipynb #05243331
 _NAME = r'[a-z0-9][a-z0-9_.-]*'
 Name = Annotated[str, Field(pattern=f'^{_NAME}$')]
-REFERENCE = re.compile(rf'\{{({_NAME}(?:/{_NAME})?)\}}')  # as {table} and {rows_first/table}
+REFERENCE = re.compile(rf'\{{({_NAME}(?:/{_NAME})?)\}}')  # as {table} and {lineage_1/decoder}
 
 
 class Step(Settings):
@@ -47,7 +47,7 @@ class Step(Settings):
     def words(self) -> list[str]: return shlex.split(self.command)
 
     @property
-    def references(self) -> list[str]:  # as 'table', 'rows_first/table'
+    def references(self) -> list[str]:  # as 'table', 'lineage_1/decoder'
         "The steps whose paths its command names."
         return REFERENCE.findall(self.command)
 

@@ -30,7 +30,7 @@ from ..experiments import experiment, pretraining, study_runs
 from ..experiments.encoder_training import train_encoder
 from ..experiments.studies import load_study
 from ..experiments.comparisons import summarise
-from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, LAB_DECODER, Overrides, Resume, RunsFolder, WithWandb, announced, config_through, names_of, number_of
+from .commands import AsJson, Commands, ConfigName, DecoderPath, Device, DEFAULT_DECODER, Overrides, Resume, RunsFolder, WithWandb, announced, config_through, names_of, number_of
 
 # %% ../../nbs/api/8_apps/11_training_commands.ipynb #9e9d7303
 training = Commands()
@@ -64,7 +64,7 @@ def pretrain(
 def run(
     config: ConfigName = 'cfg_test_frozen_decoder',
     overrides: Overrides = None,
-    decoder: DecoderPath = LAB_DECODER,
+    decoder: DecoderPath = DEFAULT_DECODER,
     runs: RunsFolder = Path('runs'),
     wandb: WithWandb = True,
     resume: Resume = None,
@@ -86,7 +86,7 @@ def run(
 def train(
     config: ConfigName = 'cfg_test_frozen_decoder',
     overrides: Overrides = None,
-    decoder: DecoderPath = LAB_DECODER,
+    decoder: DecoderPath = DEFAULT_DECODER,
     runs: RunsFolder = Path('runs'),
     wandb: WithWandb = True,
     resume: Resume = None,
@@ -113,7 +113,7 @@ AllRowsFile = Annotated[Path | None, typer.Option(help='Write the rows of all fi
 def study(
     name: StudyName,
     overrides: Overrides = None,
-    decoder: DecoderPath = LAB_DECODER,
+    decoder: DecoderPath = DEFAULT_DECODER,
     runs: RunsFolder = Path('runs'),
     variants: Some = None,
     seeds: Some = None,
