@@ -9,7 +9,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb
 
-LONGEST = ('26_new_views', '10_probe', '03_frozen_decoder', '21_one_change', '12_experiment', '02_gradient_flow', '22_search_rule', '02_explorer', '04_curves', '20_trainer', '13_tables', '15_study_runs', '14_splits', '08_chain_answers', '11_full_scale', '14_measuring_commands', '15_steering_commands', '11_training_commands')
+LONGEST = ('03_frozen_decoder', '02_gradient_flow', '01_decoder_loading', '06_useful_encoder', '12_experiment', '02_explorer', '04_curves', '20_trainer', '13_tables', '15_study_runs', '14_splits', '08_chain_answers', '12_full_scale', '14_measuring_commands', '15_steering_commands', '11_training_commands')
 
 
 def place(notebook: Path) -> tuple[int, str]:
