@@ -91,7 +91,8 @@ def test_records_are_those_of_one_process(runs):
         a, b = read_record(one / phase), read_record(two / phase)
         assert [list(r) for r in a] == [list(r) for r in b] and len(a) >= 3
         for x, y in zip(a, b):
-            for key in x: assert y[key] == pytest.approx(x[key], rel=1e-5, abs=1e-7, nan_ok=True), (phase, x['step'], key)
+            # float32 sums of two processes; a record has six digits
+            for key in x: assert y[key] == pytest.approx(x[key], rel=3e-5, abs=1e-7, nan_ok=True), (phase, x['step'], key)
     halted = [r['train/steps'] for r in read_record(two / 'table') if 'train/steps' in r]
     assert any(1 < steps < 3 for steps in halted), f'all slots halt at once, exploration was not put to the test: {halted}'
 
