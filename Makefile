@@ -15,6 +15,7 @@ run: $(VENV)/.installed        ## environment; the report's experiment, to a ver
 	$(BIN)/etrm run cfg_test_frozen_decoder tasks.max_eval_groups=400 evaluation.others=50 train.seed=1
 	@echo 'What an encoder that is fitted to the embeddings adds to a search (one view, variants):'
 	$(BIN)/etrm search-curves checkpoints/lineage_1/encoder/checkpoint --sets variants --starts encoder,mean --steps 5
+	@echo 'Then: make lab, to look inside and to give it a task of your own; what other lineages and chapters found: README.md'
 
 test: $(VENV)/.installed-dev   ## environment, then: nothing differs after export, notebooks, pytest
 	$(BIN)/python tests/check_exported.py
