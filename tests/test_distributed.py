@@ -29,7 +29,7 @@ from etrm.training.trainer import Trainer
 FORKS = mp.get_context('forkserver')  # imports once, and starts clean of this process's threads
 FORKS.set_forkserver_preload(['etrm.experiments.experiment'])
 TINY = ('decoder.hidden_size=32', 'decoder.num_heads=2', 'decoder.L_layers=1', 'decoder.H_cycles=2', 'decoder.L_cycles=1', 'decoder.puzzle_emb_len=2', 'decoder.halt_max_steps=3',
-        'decoder.halt_exploration_prob=0.5', 'decoder.forward_dtype=float32', 'tasks.max_train_groups=6', 'tasks.max_eval_groups=6', 'tasks.pairs_per_task=6', 'evaluation.num_aug=1', 'evaluation.batch_size=5',
+        'decoder.halt_exploration_prob=0.5', 'decoder.forward_dtype=float32', 'tasks.fold=0', 'tasks.max_train_groups=6', 'tasks.max_eval_groups=6', 'tasks.pairs_per_task=6', 'evaluation.num_aug=1', 'evaluation.batch_size=5',
         *(f'{phase}.{setting}' for phase in ('pretrain', 'train') for setting in ('steps=8', 'global_batch_size=12', 'log_every=3', 'save_every=0', 'eval_every=0', 'compile=false', 'optim.lr=0.001', 'optim.lr_warmup_steps=2', 'optim.grad_clip=0.5', 'optim.ema_rate=0.9')))
 TABLE = ('table.init_std=0.5', 'table.noise=0.1', 'translate=true', 'pretrain.eval_every=4')
 ENCODER = ('encoder.output=matched', 'encoder.variational=set', 'regression.steps=4', 'regression.global_batch_size=12', 'regression.optim.lr=0.001', 'train.freeze_decoder=false')
@@ -91,8 +91,7 @@ def test_records_are_those_of_one_process(runs):
         a, b = read_record(one / phase), read_record(two / phase)
         assert [list(r) for r in a] == [list(r) for r in b] and len(a) >= 3
         for x, y in zip(a, b):
-            # float32 sums of two processes; a record has six digits
-            for key in x: assert y[key] == pytest.approx(x[key], rel=3e-5, abs=1e-7, nan_ok=True), (phase, x['step'], key)
+            for key in x: assert y[key] == pytest.approx(x[key], rel=1e-5, abs=1e-7, nan_ok=True), (phase, x['step'], key)
     halted = [r['train/steps'] for r in read_record(two / 'table') if 'train/steps' in r]
     assert any(1 < steps < 3 for steps in halted), f'all slots halt at once, exploration was not put to the test: {halted}'
 
