@@ -37,9 +37,10 @@ def number(page) -> str: return page.name.stem.partition('_')[0]
 def chapters(pages: list) -> str:
     rows = [f'| {number(p)} | [{p.title}]({p.name}) | {p.summary} |' for p in pages]
     entries = [f'{number(p)} · {p.title} <{p.name.stem}>' for p in pages]
-    return '\n'.join(['# Chapters', '', 'Each is one question, with the figure and the record that answer it. They build on each other. '
-                      f'Numbers 8 and 10 are kept for chapters that wait for their runs; 12 is [the guide to full size]({FULL_SCALE}.ipynb).', '',
-                      '| | question | in one sentence |', '|---|---|---|', *rows]) + tree(entries)
+    opening = ('Each is one question, with the figure and the record that answer it. They build on each other. '
+               'Numbers 8 and 10 are kept for chapters that wait for their runs; '
+               f'12 is [the guide to full size]({FULL_SCALE}.ipynb).')
+    return '\n'.join(['# Chapters', '', opening, '', '| | question | in one sentence |', '|---|---|---|', *rows]) + tree(entries)
 
 
 def reference(pages: list) -> str:

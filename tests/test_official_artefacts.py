@@ -130,7 +130,7 @@ ROWS, WIDTH = 200_000, 256
 PEAK = r'''
 import re, sys
 import torch
-from etrm.training.checkpoints import REAL_RULES, load_checkpoint
+from etrm.training.checkpoints import load_checkpoint
 decoder, table, _ = load_checkpoint(sys.argv[1], canvas=3)
 context = table(torch.tensor([1, len(table.weights) - 1]))
 assert context.shape == (2, 4, 64) and context.dtype == torch.float32

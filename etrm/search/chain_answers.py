@@ -79,7 +79,7 @@ def chain_rows(
         scores = pass_at_k(vote(concatenate(predictions), asked.tasks), asked.tasks, (1, 2))
         exact = [int(hit) for hits in scores.first for hit in hits]
         solved = Rate.of(exact).as_dict() | dict(exact=exact, solved_2=scores[2].inputs_solved)
-        of_best = {key: [b[key] for b in best] for key in ('demonstrations', 'first')}  # a chain of each task that explains most demonstrations
+        of_best = {key: [b[key] for b in best] for key in ('demonstrations', 'first')}  # of a chain that explains most
         rows.append(dict(set=asked.name, steps=steps) | solved | of_best | dict(candidates=candidates))
     rows[1]['seconds'] = round(seconds, 1)
     return rows
