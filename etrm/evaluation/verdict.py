@@ -37,9 +37,11 @@ class Verdict:
     "A scenario with the evidence it rests on."
     scenario: str  # one of MEANING
     evidence: tuple[Evidence, ...]
+    caveat: str = ''  # what the letter does not say
 
     def __str__(self):
-        return '\n'.join([f'Scenario {self.scenario}: {MEANING[self.scenario]}', *map(str, self.evidence)])
+        first = f'Scenario {self.scenario}: {MEANING[self.scenario]}'
+        return '\n'.join([first, *map(str, self.evidence), *filter(None, [self.caveat])])
 
     def as_dict(self) -> dict:
         meaning, evidence = MEANING[self.scenario], [asdict(e) for e in self.evidence]
@@ -91,18 +93,23 @@ def _training_evidence(
     )
 
 # %% ../../nbs/api/5_evaluation/07_verdict.ipynb #10ff3e47
+_SMALL = 'The lead is above zero, and below {:.0%}: through another decoder, from another seed, it may be gone.'
+
+
 def _gain_evidence(
     solved: np.ndarray,  # (n,) 0 or 1
     controls: dict[str, np.ndarray],
     asked: Thresholds,
-) -> Evidence:
+) -> tuple[Evidence, str]:  # and a caveat
     "What the evaluation says: more solved than by the best control."
     best = max(controls, key=lambda name: np.mean(controls[name]))
     gain, low, high = paired_difference(solved, controls[best])
     counts = f'{int(np.sum(solved))} of {len(solved)} against {int(np.sum(controls[best]))} ({best})'
-    useful = True if low > 0 else False if high < asked.smallest_useful else None
-    return Evidence('pass@1 above the best control', f'{counts}; difference {gain:+.1%} [{low:+.1%}, {high:+.1%}]',
-                    'score interval above 0', useful)
+    small = high < asked.smallest_useful
+    useful = True if low > 0 else False if small else None
+    found = Evidence('pass@1 above the best control', f'{counts}; difference {gain:+.1%} [{low:+.1%}, {high:+.1%}]',
+                     'score interval above 0', useful)
+    return found, _SMALL.format(asked.smallest_useful) if useful and small else ''
 
 
 def scenario(
@@ -113,6 +120,7 @@ def scenario(
 ) -> Verdict:
     "The scenario of a frozen-decoder run, and why."
     if not controls: raise ValueError('a verdict needs at least one control to compare with')
-    training, gain = _training_evidence(record, asked), _gain_evidence(solved, controls, asked)
+    training, (gain, caveat) = _training_evidence(record, asked), _gain_evidence(solved, controls, asked)
     stuck, useful = not all(e.holds for e in training), gain.holds
-    return Verdict('A' if useful else 'B' if stuck else 'undecided' if useful is None else 'C', (*training, gain))
+    letter = 'A' if useful else 'B' if stuck else 'undecided' if useful is None else 'C'
+    return Verdict(letter, (*training, gain), caveat)
