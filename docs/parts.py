@@ -38,8 +38,7 @@ def chapters(pages: list) -> str:
     rows = [f'| {number(p)} | [{p.title}]({p.name}) | {p.summary} |' for p in pages]
     entries = [f'{number(p)} · {p.title} <{p.name.stem}>' for p in pages]
     opening = ('Each is one question, with the figure and the record that answer it. They build on each other. '
-               'Numbers 8 and 10 are kept for chapters that wait for their runs; '
-               f'12 is [the guide to full size]({FULL_SCALE}.ipynb).')
+               f'12 is [the guide to full size]({FULL_SCALE}.ipynb); 13 and 14 may be skipped.')
     return '\n'.join(['# Chapters', '', opening, '', '| | question | in one sentence |', '|---|---|---|', *rows]) + tree(entries)
 
 
