@@ -53,7 +53,9 @@ def _join(n: int):
     _number_from_environment('RANK', 0, n - 1)
     port, gpus = _number_from_environment('MASTER_PORT', 1, 65535), torch.cuda.device_count()
     if gpus: torch.cuda.set_device(_number_from_environment('LOCAL_RANK', 0, gpus - 1))
-    try: dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+    try:
+        dist.init_process_group('cpu:gloo,cuda:nccl' if gpus else 'gloo')
+        dist.all_reduce(torch.zeros(1))  # through which all have met all
     except (RuntimeError, ValueError) as error:
         where = f'{os.environ["MASTER_ADDR"]}:{port}'
         raise ValueError(f'the {n} processes do not meet at {where} ({str(error)[:200]}): start with torchrun') from error
