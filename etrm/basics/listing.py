@@ -6,11 +6,10 @@
 __all__ = ['PLACES', 'records_in', 'hashes_in', 'parents_of', 'shown_command', 'listing']
 
 # %% ../../nbs/api/0_basics/08_listing.ipynb #cd776a37
-import json
 import shlex
 from pathlib import Path
 
-from .files import file_sha256, markdown_table, read_file
+from .files import file_sha256, markdown_table, read_json_file
 from .provenance import entries_of, NAME
 
 # %% ../../nbs/api/0_basics/08_listing.ipynb #ff2a0f56
@@ -29,8 +28,7 @@ def records_in(
 
 def _entry(file: Path) -> dict:
     "The provenance of a file."
-    try: found = json.loads(read_file(file, 64 * 2**20, 'provenance'))
-    except ValueError as error: raise ValueError(f'{file} cannot be read: {error}; take another copy') from error
+    found = read_json_file(file, 64 * 2**20, 'provenance')
     if isinstance(found, dict) and found.get('wrote'): return found
     raise ValueError(f'{file} is not the provenance of a file, as a command writes it: take another copy')
 

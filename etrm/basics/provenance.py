@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from .files import file_sha256, new_file, read_file
+from .files import file_sha256, new_file, read_json_file
 from .settings import Settings
 from .distributed import is_rank_zero, world_size
 
@@ -145,8 +145,7 @@ def entries_of(
 ) -> list[dict]:
     "The records in a folder; none where there is no file of them."
     if not (file := folder / NAME).exists(): return []
-    try: found = json.loads(read_file(file, _MOST, 'a list of records'))
-    except ValueError as error: raise ValueError(f'{file} cannot be read: {error}; move it away') from error
+    found = read_json_file(file, _MOST, 'a list of records', 'move it away')
     if isinstance(found, list) and all(isinstance(entry, dict) for entry in found): return found
     raise ValueError(f'{file} is not a list of records, as a command writes it: move it away')
 

@@ -6,11 +6,10 @@
 __all__ = ['FOLDED', 'read_step', 'in_points', 'listed', 'predictions_of', 'beside_results']
 
 # %% ../../nbs/api/5_evaluation/10_findings.ipynb #f2ba04ca
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..basics.files import markdown_table, read_file
+from ..basics.files import markdown_table, read_json_file
 
 # %% ../../nbs/api/5_evaluation/10_findings.ipynb #af8135d1
 def read_step(
@@ -23,8 +22,7 @@ def read_step(
     file = place / 'results.json' if place.is_dir() else place.with_name(f'{step}.json')
     if not file.is_file():
         raise FileNotFoundError(f'{file} is not there: etrm reproduce {recipe} makes the records of that recipe')
-    try: return json.loads(read_file(file, 64 * 2**20, 'results'))
-    except ValueError as error: raise ValueError(f'{file} cannot be read: {error}; take another copy') from error
+    return read_json_file(file, 64 * 2**20, 'results')
 
 # %% ../../nbs/api/5_evaluation/10_findings.ipynb #b23a50b0
 def in_points(
@@ -49,7 +47,7 @@ def predictions_of(
     file: str | Path = '../checkpoints/lineage_predictions.json',
 ) -> list[dict]:  # each with 'chapter', 'about', 'prediction'
     "What was predicted of a chapter, in order."
-    found = [p for p in json.loads(read_file(Path(file), 2**20, 'predictions')) if p['chapter'] == chapter]
+    found = [p for p in read_json_file(file, 2**20, 'predictions') if p['chapter'] == chapter]
     if not found: raise ValueError(f'{file} has no prediction of chapter {chapter}')
     return found
 

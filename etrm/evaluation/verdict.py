@@ -45,7 +45,7 @@ class Verdict:
 
     def as_dict(self) -> dict:
         meaning, evidence = MEANING[self.scenario], [asdict(e) for e in self.evidence]
-        return dict(scenario=self.scenario, meaning=meaning, evidence=evidence)
+        return dict(scenario=self.scenario, meaning=meaning, evidence=evidence, caveat=self.caveat)
 
 # %% ../../nbs/api/5_evaluation/07_verdict.ipynb #8e594167
 KEYS = ('grad/encoder_norm', 'train/lm_loss', 'encoder_token_std', 'encoder_output_std')  # of the record
