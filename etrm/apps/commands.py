@@ -78,7 +78,8 @@ def interrupted(
     name: str,  # of the subcommand
 ) -> str:
     "What Ctrl-C left behind, and the command that goes on from it."
-    if not isinstance(error, Stopped) or not error.saved: return 'interrupted before there was anything to save'
+    if not isinstance(error, Stopped): return 'interrupted; what was saved before stays'
+    if not error.saved: return 'interrupted before there was anything to save'
     resumes = name in ('run', 'pretrain', 'train') and '--resume' not in sys.argv
     flag = ['--resume', str(Path(error.saved).parent)] if resumes else []
     return f'{error}; to go on: {shlex.join(["etrm", *sys.argv[1:], *flag])}'

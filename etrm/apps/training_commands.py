@@ -100,7 +100,8 @@ def train(
     check_embeddings(c, trained_as, decoder)
     settings, (tasks, sets) = settings_of('train', c, dict(decoder=source)), make_task_sets(c)
     folder = new_or_resumed(resume, runs, f'{c.name}-train')
-    with open_run(folder, settings, wandb) as record: train_encoder(c, frozen, table, tasks, record, sets=sets)
+    with open_run(folder, settings, wandb) as record:
+        train_encoder(c, frozen, table, tasks, record, sets=sets, trained_as=trained_as)
     if is_rank_zero(): print(folder / 'checkpoint')
 
 # %% ../../nbs/api/8_apps/11_training_commands.ipynb #aff09c9f

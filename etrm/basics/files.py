@@ -84,8 +84,8 @@ def new_file(
     path: str | Path | None,  # None writes nothing
     ending: str | None = None,  # that the name must have, as '.png'
 ) -> Iterator[Callable[[str | bytes], None]]:  # writes the whole content
-    "A file that takes its place whole, at the end; what was there stays until then."
-    if path is None: yield lambda content: None; return
+    "A file that takes its place whole, at the end; what was there stays until then. Of several processes the first writes."
+    if path is None or os.environ.get('RANK', '0') != '0': yield lambda content: None; return
     path = Path(path).resolve()  # a link stays one: the file that it leads to is replaced
     if ending and path.suffix.lower() != ending: raise ValueError(f'{path} does not end in {ending}: that is what is written there')
     if path.exists() and not path.is_file():

@@ -32,11 +32,11 @@ def config_differences(
     return [f'{k} {v} against {getattr(second, k)}' for k, v in first.model_dump().items() if v != getattr(second, k)]
 
 # %% ../../nbs/api/5_evaluation/06_checks.ipynb #aa6ec704
-def _last_logits(decoder: Decoder, inputs: Tensor, contexts: Tensor) -> Tensor:  # (B, S, V)
-    "The logits after all of the decoder's supervision steps, on the whole canvas."
+def _last_logits(decoder: Decoder, inputs: Tensor, contexts: Tensor, extent: Tensor | None = None) -> Tensor:  # (B, S, V)
+    "The logits after all of the decoder's supervision steps; without an extent on the whole canvas."
     inputs, contexts = inputs.to(where_is(decoder)), contexts.to(where_is(decoder))
-    whole = torch.full((len(inputs), 2), decoder.config.canvas, device=inputs.device)
-    return last_step(decoder, inputs, contexts, whole)[0]
+    if extent is None: extent = torch.full((len(inputs), 2), decoder.config.canvas)
+    return last_step(decoder, inputs, contexts, extent.to(inputs.device))[0]
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def _gradient_norms(decoder: Decoder, encoder: nn.Module, batch: dict[str, Tenso
 @torch.no_grad()
 def _mean_losses(decoder: Decoder, batch: dict[str, Tensor], context: Tensor) -> dict[str, float]:
     "What the decoder loses on a batch under these contexts."
-    logits = _last_logits(decoder, batch['inputs'], context)
+    logits = _last_logits(decoder, batch['inputs'], context, batch.get('extent'))
     found = trm_loss(logits, torch.zeros(len(context), device=context.device), batch['labels'])[1]
     return {name: found[name].mean().item() for name in ('accuracy', 'lm_loss')}
 

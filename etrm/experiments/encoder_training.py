@@ -144,6 +144,7 @@ def train_encoder(
     record: Run | Callable[[int, dict[str, float]], None],  # in an open run training is saved, and goes on
     until: int | None = None,  # stop after this many updates in all
     sets: dict[str, list[Task]] | None = None,  # measured every `train.eval_every` updates
+    trained_as: dict | None = None,  # what the decoder's checkpoint says; the encoder's keeps it
 ) -> DemoEncoder:  # with averaged weights
     "Train a demonstration encoder through the decoder."
     asks('all training tasks', len(train))
@@ -152,7 +153,7 @@ def train_encoder(
     if table is not None and (config.regression or config.train.rows):
         check_names(table.names, data, "the decoder's table")
     parts, saved = dict(decoder=decoder, encoder=encoder), None
-    if isinstance(record, Run): saved = TrainingCheckpoint(record, record.checkpoint, parts, config)
+    if isinstance(record, Run): saved = TrainingCheckpoint(record, record.checkpoint, parts, config, trained_as)
     state = saved.state if saved else RunState.NEW
     if state is RunState.TRAINED: saved.load()
     else:

@@ -151,7 +151,7 @@ def run(
     with open_run(folder, settings, wandb_on) as record:
         say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
         say(f'{len(train)} training tasks; ' + ', '.join(f'{len(tasks)} {name}' for name, tasks in sets.items()))
-        encoder = train_encoder(config, decoder, table, train, record, sets=sets)
+        encoder = train_encoder(config, decoder, table, train, record, sets=sets, trained_as=trained_as)
         if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
         from_rank_zero(lambda: remove(record.regression))  # it was for resuming
         asked, new = None if known is None else table, new_to(config, checkpoint)

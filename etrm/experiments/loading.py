@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_ROWS', 'saved_config', 'explained', 'load_encoder', 'table_for', 'other_tasks', 'known_puzzles',
-           'reads_embeddings', 'check_embeddings', 'through', 'new_to']
+           'reads_embeddings', 'check_embeddings', 'through', 'trained_on', 'new_to']
 
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #3d94e583
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from ..model.encoders import DemoEncoder
 from ..training.checksums import CheckpointError
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_config
 from ..search.search import with_rate
-from .configurations import ExperimentConfig, explain
+from .configurations import ExperimentConfig, explain, TRAINED_THROUGH
 from .task_sets import newness
 from .run_settings import with_defaults
 
@@ -125,9 +125,18 @@ def through(
     return config.with_(decoder=decoder)
 
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #720b8735
+def trained_on(
+    checkpoint: str | Path | Checkpoint,
+) -> list[ExperimentConfig]:  # of the checkpoint and, if it is an encoder's, of the decoder that it was trained through
+    "The configurations whose tasks a checkpoint has seen: those it says."
+    said = read_config(checkpoint)
+    with explained(checkpoint):
+        return [ExperimentConfig.saved(found) for found in (said, said.get(TRAINED_THROUGH, {})) if 'tasks' in found]
+
+
 def new_to(
     config: ExperimentConfig,  # of an encoder
-    *decoders: str | Path | Checkpoint,  # that it was trained through, or that answer beside it
+    *checkpoints: str | Path | Checkpoint,  # its own, of the decoder that it was trained through, of what answers beside it
 ) -> Callable[[str, PuzzleData], dict[str, bool]]:
-    "`newness` to all that was trained; a decoder that does not say on which tasks counts for nothing."
-    return newness(config, *(saved_config(decoder) for decoder in decoders if 'tasks' in read_config(decoder)))
+    "`newness` to all that was trained; a checkpoint that does not say on which tasks counts for nothing."
+    return newness(config, *(trained for checkpoint in checkpoints for trained in trained_on(checkpoint)))

@@ -30,7 +30,7 @@ from ..training.checkpoints import read_config, read_tensors
 from ..training.stopping import finishing
 from ..training.pace import save_with_retries
 from ..training.loop import Loop
-from .configurations import ExperimentConfig
+from .configurations import ExperimentConfig, TRAINED_THROUGH
 from .run_settings import compared, differences, with_defaults
 
 # %% ../../nbs/api/7_experiments/05_runs.ipynb #8333e02b
@@ -99,9 +99,10 @@ def _claim(
     "Write what the run is of, or compare it with what the folder was begun with."
     file = folder / 'settings.json'
     if not file.exists():
-        (folder / 'config.yaml').write_text(yaml.safe_dump(settings['config'], sort_keys=False))
-        with new_file(file) as write: write(json.dumps(settings, indent=1))  # last: it says that the folder is a run's
+        with new_file(file) as write: write(json.dumps(settings, indent=1))  # first: it says that the folder is a run's
     check_settings(folder, settings)
+    if not (readable := folder / 'config.yaml').exists():
+        with new_file(readable) as write: write(yaml.safe_dump(settings['config'], sort_keys=False))
     if settings['kind'] != 'study' and run_state(folder) is RunState.FINISHED: raise ValueError(f'{folder} is finished: leave out --resume for a new run, or see its verdict with etrm scenario {folder}')
 
 
@@ -175,8 +176,9 @@ class TrainingCheckpoint:
         place: Path,  # the run's `checkpoint` or `regression`
         parts: dict[str, nn.Module],  # 'decoder', 'table', 'encoder': those that are trained, or needed to use it
         config: ExperimentConfig,
+        trained_as: dict | None = None,  # what the checkpoint of the decoder says that an encoder is trained through
     ):
-        self.run, self.place, self.parts, self.config = run, place, parts, config
+        self.run, self.place, self.parts, self.config, self.trained_as = run, place, parts, config, trained_as
 
     @property
     def state(self) -> RunState:  # NEW, INTERRUPTED or TRAINED
@@ -219,4 +221,5 @@ class TrainingCheckpoint:
 
     def _write(self, state: dict | None):
         "On the first process; the others wait."
-        from_rank_zero(lambda: save_checkpoint(self.place, self.parts, self.config.model_dump(mode='json'), state))
+        config = self.config.model_dump(mode='json') | ({TRAINED_THROUGH: self.trained_as} if self.trained_as else {})
+        from_rank_zero(lambda: save_checkpoint(self.place, self.parts, config, state))

@@ -9,7 +9,7 @@ __all__ = ['NOT_READ', 'leave_out', 'was_saved', 'TableConfig', 'PretrainConfig'
 # %% ../../nbs/api/7_experiments/01_sections.ipynb #997e91c8
 from typing import Any
 
-from pydantic import Field, model_validator, ValidationInfo
+from pydantic import Field, field_validator, model_validator, ValidationInfo
 
 from ..basics.settings import Settings
 from ..training.loop import LoopConfig
@@ -83,7 +83,13 @@ class EvaluationConfig(Settings):
     num_aug: int = Field(7, ge=0, le=10**4, description='augmented views of each task beside its own, voted over')
     batch_size: int = Field(256, ge=1, le=10**6)
     others: int = Field(0, ge=0, le=10**6, description='of the sets that do not decide only the first N tasks, beside '
-        'the shuffled control alone; 0: as many as of that one, beside all controls')
+        'the shuffled control alone, which needs two; 0: as many as of that one, beside all controls')
     validation: bool = Field(False, description='measure validation tasks, not the held-out sets, whenever is measured '
         'in training: to stop early by')
     decides: str = Field('variants', description='the evaluation set whose pass@1 the verdict rests on')
+
+    @field_validator('others')
+    @classmethod
+    def _two_can_be_exchanged(cls, value):
+        if value == 1: raise ValueError('the shuffled control exchanges the contexts of two tasks: give 0, or 2 and more')
+        return value

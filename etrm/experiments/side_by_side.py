@@ -18,8 +18,8 @@ from ..evaluation.intervals import Rate
 from ..search.asked import asked_sets
 from ..search.starts import Starts
 from ..search.curves import search_curves
-from .task_sets import make_task_sets, newness
-from .loading import load_encoder
+from .task_sets import make_task_sets
+from .loading import load_encoder, new_to
 
 # %% ../../nbs/api/7_experiments/17_side_by_side.ipynb #78fae322
 def same_sets(
@@ -62,7 +62,7 @@ def side_by_side(
     for name, (decoder, encoder, config) in encoders.items():
         start, these = Starts(encoder, names=('encoder',)), {on: sets[name][on] for on in same}
         def searched(num_aug, marks):
-            asked = asked_sets(decoder, these, config.num_demos, num_aug, newness(config))
+            asked = asked_sets(decoder, these, config.num_demos, num_aug, new_to(config, checkpoints[name]))
             return search_curves(decoder, start, asked, config.search.with_(steps=marks[-1]), marks)
         found[name] = searched(0, marks)
         if views == 1: continue

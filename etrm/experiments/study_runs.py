@@ -17,6 +17,7 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..basics.files import new_file
@@ -59,8 +60,8 @@ def update_flops(
     stream = Stream(data, config.train.global_batch_size, 0, config.num_demos, extents=decoder.config.crop is not None)
     cheap = config.with_(train=dict(rows=0.))  # the rows' losses cost next to nothing
     extras = extras_of(cheap, decoder, encoder, table)
-    trainer = Trainer(decoder, encoder, stream, config.train, extras)
-    with FlopCounterMode(display=False) as counter: trainer.step()
+    trainer = Trainer(decoder, encoder, stream, config.train.with_(compile='no'), extras)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: trainer.step()
     return counter.get_total_flops()
 
 
@@ -185,10 +186,10 @@ def run_variant(
     if reads_embeddings(config) and known_puzzles(trained_as, train, config) is None:
         raise ValueError(f'study {run.study.name}, {run.variant}: the rows of {run.checkpoint} belong to other tasks than these')
     began = time.monotonic()
-    encoder = train_encoder(config, decoder, table, train, record)
+    encoder = train_encoder(config, decoder, table, train, record, trained_as=trained_as)
     c, weights = config.train, sum(p.numel() for p in encoder.parameters())
-    about = dict(study=run.study.name, variant=run.variant, seed=run.seed, steps=c.steps, batch=c.global_batch_size,
-                 flops=cost * c.steps, weights=weights, seconds=round(time.monotonic() - began, 1))
+    about = dict(study=run.study.name, variant=run.variant, seed=run.seed, steps=record.updates, batch=c.global_batch_size,
+                 flops=cost * record.updates, weights=weights, seconds=round(time.monotonic() - began, 1))
     about |= last_values(record.rows)
     rows = [about | row for row in _measured_all(run, config, decoder, encoder, sets)]
     with new_file(record.folder / 'rows.json') as write: write(json.dumps(rows))

@@ -22,7 +22,7 @@ from ..data.puzzles import PuzzleData, puzzle_data
 from ..data.queries import Demos, Queries
 from ..data.novelty import new_view_bits_by_input
 from ..model.decoder import Decoder, last_step
-from .search import with_extents
+from .search import search_batch, with_extents
 
 # %% ../../nbs/api/6_search/02_asked.ipynb #c3847f82
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,8 @@ def asked_sets(
     for name, tasks in sets.items():
         asks(name, len(tasks))
         data = puzzle_data(tasks, decoder.config.canvas, num_aug)
-        yield AskedSet(name, tasks, Queries.of(data, decoder, num_demos), new(name, data) if new else None)
+        queries = Queries.of(data, decoder, num_demos, search_batch(decoder, num_demos, gradients=False))
+        yield AskedSet(name, tasks, queries, new(name, data) if new else None)
 
 # %% ../../nbs/api/6_search/02_asked.ipynb #e96f647f
 @torch.no_grad()
@@ -68,10 +69,11 @@ def demonstrations_and_cells_right(
     decoder: Decoder,
     demos: Demos,  # (Q, K)
     contexts: Tensor,  # (Q, T, D)
-    batch_size: int = 256,  # contexts asked at once
+    batch_size: int | None = None,  # contexts asked at once; None: as many as `search_batch` says
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q,) int64, 0 to K demonstrations; (Q,) float, 0 to 1 of the cells of all their outputs
     "How many of its demonstrations each context answers right in all cells, and what share of their cells."
     right, cells, device = [], [], where_is(decoder)
+    batch_size = batch_size or search_batch(decoder, demos.mask.shape[1], gradients=False)
     for at in range(0, len(contexts), batch_size):
         rows = slice(at, at + batch_size)
         some, context = with_extents(demos[rows].to(device), decoder), contexts[rows].to(device)
@@ -88,7 +90,7 @@ def demonstrations_right(
     decoder: Decoder,
     demos: Demos,  # (Q, K)
     contexts: Tensor,  # (Q, T, D)
-    batch_size: int = 256,  # contexts asked at once
+    batch_size: int | None = None,  # as above
 ) -> np.ndarray:  # (Q,) int64, 0 to K
     "How many of its demonstrations each context answers right in all cells."
     return demonstrations_and_cells_right(decoder, demos, contexts, batch_size)[0]

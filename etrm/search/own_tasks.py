@@ -87,7 +87,8 @@ def searched(
 ) -> Searched:
     "Search a context for each view of each task, on its demonstrations."
     data = puzzle_data(tasks, decoder.config.canvas, num_aug, None, unsolved=True)
-    queries = Queries.of(data, decoder, max(len(t.train) for t in tasks))
+    K = max(len(t.train) for t in tasks)
+    queries = Queries.of(data, decoder, K, search_batch(decoder, K, gradients=False))
     puzzles, first, view = np.unique(queries.whole('puzzle').cpu().numpy(), return_index=True, return_inverse=True)
     names, first = [queries.data.names[p] for p in puzzles], torch.from_numpy(first).to(where_is(decoder))
     demos, start = queries.demos()[first], own_start(source, queries)[first]

@@ -216,8 +216,9 @@ MOST_AT_ONCE, MOST_PLACES = 256, 2**16
 def search_batch(
     decoder: Decoder,
     num_demos: int,  # K
+    gradients: bool = True,  # without them four times as many fit
 ) -> int:  # at least 1
-    "How many contexts are searched at once: 256, or fewer where demonstrations are many or large."
+    "How many contexts are searched or asked at once: 256, or fewer where demonstrations are many or large."
     places = max(1, num_demos) * (decoder.config.puzzle_emb_len + decoder.config.seq_len)
-    return max(1, min(MOST_AT_ONCE, MOST_PLACES // places))
+    return max(1, min(MOST_AT_ONCE, (1 if gradients else 4) * MOST_PLACES // places))
 

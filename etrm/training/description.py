@@ -40,6 +40,7 @@ def describe_checkpoint(
     "What a checkpoint is: its format, its parts, their sizes, its configuration."
     checkpoint = Checkpoint.of(path)
     file, table = checkpoint.weights_file, checkpoint.tensors['table']
+    if table and 'weights' not in table: raise CheckpointError(f"{path} holds {', '.join(f'table.{name}' for name in table)} and no table.weights: it is not a table's")
     return dict(
         path=str(path),
         **_format_of(checkpoint),

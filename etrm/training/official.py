@@ -22,7 +22,7 @@ from .checkpoints import Checkpoint, load_checkpoint
 
 # %% ../../nbs/api/4_training/11_official.ipynb #b43c512a
 _PREFIX = '_orig_mod.model.inner.'
-_ARCH_KEYS = ('H_cycles', 'L_cycles', 'L_layers', 'hidden_size', 'num_heads', 'expansion', 'halt_max_steps',
+_ARCH_KEYS = ('canvas', 'H_cycles', 'L_cycles', 'L_layers', 'hidden_size', 'num_heads', 'expansion', 'halt_max_steps',
               'halt_exploration_prob', 'puzzle_emb_len', 'forward_dtype')
 _OPTIM_KEYS = ('lr', 'lr_min_ratio', 'lr_warmup_steps', 'beta1', 'beta2', 'weight_decay', 'puzzle_emb_lr',
                'puzzle_emb_weight_decay', 'ema_rate')
@@ -59,8 +59,10 @@ def _step_of(checkpoint: Checkpoint) -> int:
     if named := re.fullmatch(r'step_(\d+)', checkpoint.weights_file.name): return int(named[1])
     if checkpoint.is_unfinished:
         raise CheckpointError(f"{checkpoint} is of a run that stopped after {load_training_state(checkpoint)['updates']} updates, and its weights may not be averaged yet: finish the run, or say which step to write it as")
-    steps = (checkpoint.config.get('pretrain') or {}).get('steps')
-    if type(steps) is int: return steps
+    trained = checkpoint.config.get('pretrain') or {}
+    if trained.get('minutes'):
+        raise CheckpointError(f'{checkpoint} was trained by the clock, and its configuration does not say for how many updates: say which step to write it as')
+    if type(steps := trained.get('steps')) is int: return steps
     raise CheckpointError(f'{checkpoint}: its configuration has no pretrain.steps: say which step to write it as')
 
 # %% ../../nbs/api/4_training/11_official.ipynb #5a65851f
