@@ -78,7 +78,7 @@ def test_slots(name):
     family, rng = FAMILIES[name], np.random.default_rng(0)
     for shape in ((1, 1), (1, 4), (5, 2), (3, 3), (6, 6)):
         for _ in range(20):
-            params, grid = family.sample_rule(rng, 6), rng.integers(0, 10, shape).astype(np.uint8)
+            params, grid = family.sample_rule(rng), rng.integers(0, 10, shape).astype(np.uint8)
             before, after = grid.copy(), family.apply(grid, json.loads(json.dumps(params)))
             assert (grid == before).all()
             assert after.dtype == np.uint8 and after.ndim == 2 and after.size and after.max() <= 9

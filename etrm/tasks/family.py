@@ -39,7 +39,7 @@ class Family:
         "Whether these values go together."
         return True
 
-    def sample_rule(self, rng: np.random.Generator, canvas: int = 6) -> dict:  # JSON-able
+    def sample_rule(self, rng: np.random.Generator) -> dict:  # JSON-able
         "The parameters of one rule, all as likely."
         return dict(self.rules[rng.integers(len(self.rules))])
 
