@@ -19,7 +19,7 @@ def test_its_python_runs_as_printed(monkeypatch):
 
 
 def test_it_can_be_read_in_a_minute():
-    assert 4000 <= len(README.encode()) <= 7500
+    assert 4000 <= len(README.encode()) <= 7168
     assert len(re.findall(r'\d of \d', README)) <= 20
 
 
