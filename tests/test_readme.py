@@ -13,9 +13,9 @@ def test_its_python_runs_as_printed(monkeypatch):
     (snippet,) = re.findall(r'```python\n(.*?)```', README, re.S)
     names = {}
     exec(compile(snippet, 'README.md', 'exec'), names)
-    config = names['config']
-    assert names['logits'].shape == (1, 25, config.decoder.vocab_size)
-    assert names['context'].shape == names['table'].contexts()[:1].shape
+    config = names['config'].decoder
+    assert names['logits'].shape == (1, 25, config.vocab_size)
+    assert names['context'].shape == (1, config.puzzle_emb_len, config.hidden_size)
 
 
 def test_it_can_be_read_in_a_minute():
