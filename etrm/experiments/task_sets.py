@@ -61,6 +61,7 @@ def known_tasks(
     names: set[str],
 ) -> set[str]:  # names of tasks
     "The tasks that were trained on, by name or by a pair."
+    if not names: return set()
     task_of = lambda view: Augmentation.from_name(view)[0]
     rule_of = lambda task: task.rpartition('-')[0] or task  # of RE-ARC the tasks RULE-0 and RULE-1
     shared = np.isin(canonical_pairs(data.inputs, data.outputs, data.canvas), keys)
