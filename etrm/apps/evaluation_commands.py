@@ -146,7 +146,7 @@ def scenario(
     settings = {k: v for k, v in read_config(folder).items() if k != 'decoder_checkpoint'}
     config, results = ExperimentConfig.saved(settings), read_json(folder / 'results.json')
     verdicts = verdicts_of(config, read_record(folder), results)
-    print(json.dumps(verdict_file(verdicts)) if as_json else say_verdicts(verdicts))
+    print(json.dumps(verdict_file(verdicts)) if as_json else say_verdicts(verdicts, results))
 
 # %% ../../nbs/api/8_apps/12_evaluation_commands.ipynb #1892f442
 EncoderRun = Annotated[Path, typer.Argument(help='Checkpoint of an encoder run.')]

@@ -67,7 +67,7 @@ def oracle(
     plan = asked_search(SearchConfig(steps=steps, lr=search_rate(table, lr)), rule=rule)
     c = c.with_(search=plan.model_dump())  # as it is noted
     with new_file(out) as write:
-        asked = asked_sets(frozen, chosen_sets(c, sets, more={}), c.num_demos, new=new_to(c, source))
+        asked = asked_sets(frozen, chosen_sets(c, sets, more={}), c.num_demos, new=new_to(None, source))
         rows = searches.oracle(frozen, table, asked, plan, marks)
         print(json.dumps(rows) if as_json else oracle_table(rows))
         write(json.dumps(rows))

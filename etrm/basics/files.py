@@ -79,13 +79,18 @@ def room_for(path: Path):
         raise ValueError(f'{path} could not be written ({why}): make room there or choose another place. {kept}') from error
 
 
+def _writes_nothing() -> bool:
+    "Whether this is another than the first of several processes."
+    return os.environ.get('RANK', '0') != '0' and os.environ.get('WORLD_SIZE', '1') != '1'
+
+
 @contextmanager
 def new_file(
     path: str | Path | None,  # None writes nothing
     ending: str | None = None,  # that the name must have, as '.png'
 ) -> Iterator[Callable[[str | bytes], None]]:  # writes the whole content
     "A file that takes its place whole, at the end; what was there stays until then. Of several processes the first writes."
-    if path is None or os.environ.get('RANK', '0') != '0': yield lambda content: None; return
+    if path is None or _writes_nothing(): yield lambda content: None; return
     path = Path(path).resolve()  # a link stays one: the file that it leads to is replaced
     if ending and path.suffix.lower() != ending: raise ValueError(f'{path} does not end in {ending}: that is what is written there')
     if path.exists() and not path.is_file():

@@ -46,7 +46,7 @@ def memory_of(
     yield f'{groups} with tasks.num_aug={t.num_aug} makes a table of', rows * width, MOST_OF_ALL, 'numbers'
 
 # %% ../../nbs/api/7_experiments/02_configurations.ipynb #f7214675
-TRAINED_THROUGH = 'trained_through'  # an encoder's checkpoint keeps its decoder's configuration by this key
+TRAINED_THROUGH = 'trained_through'  # by this key a checkpoint keeps the configuration of the decoder that it was trained through
 
 
 class ExperimentConfig(Settings):
@@ -85,8 +85,13 @@ class ExperimentConfig(Settings):
     @classmethod
     def saved(cls, found: dict) -> 'ExperimentConfig':
         "What a checkpoint was saved with, by whatever version."
-        own = {key: value for key, value in found.items() if key != TRAINED_THROUGH}
-        return cls.model_validate(own, context=dict(saved=True))
+        return cls.model_validate(found, context=dict(saved=True))
+
+    @model_validator(mode='before')
+    @classmethod
+    def _of_this_training(cls, found):
+        "The file of a checkpoint holds the configuration of its decoder as well."
+        return {k: v for k, v in found.items() if k != TRAINED_THROUGH} if isinstance(found, dict) else found
 
     @model_validator(mode='after')
     def _grids_in_the_corner(self):

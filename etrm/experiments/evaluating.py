@@ -126,7 +126,7 @@ def evaluate(
         if _beside(e, name): tasks = tasks[:e.others]
         asks(name, len(tasks))
         data = puzzle_data(tasks, decoder.config.canvas, e.num_aug, config.tasks.seed)
-        views, queries = new(name, data), Queries.of(data, decoder, config.num_demos, e.batch_size)
+        views, queries = new(data), Queries.of(data, decoder, config.num_demos, e.batch_size)
         for method, predictions in answers_of(encoder, decoder, queries, controls[name], config.tasks.seed):
             row, found = score(name, method, predictions, tasks, views)
             rows.append(row); bar.update()

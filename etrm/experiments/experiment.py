@@ -146,7 +146,7 @@ def run(
     check_embeddings(config, trained_as, checkpoint); check_ends(config, sets)
     known = known_puzzles(trained_as, train, config) if table is not None else None
     if known is not None: check_names(table.names, known, checkpoint)
-    settings = settings_of('run', config, dict(decoder=checkpoint))
+    settings, new = settings_of('run', config, dict(decoder=checkpoint)), new_to(config, checkpoint)  # or said now
     folder = new_or_resumed(resume, runs, config.name)
     with open_run(folder, settings, wandb_on) as record:
         say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')
@@ -154,7 +154,7 @@ def run(
         encoder = train_encoder(config, decoder, table, train, record, sets=sets, trained_as=trained_as)
         if config.train.freeze_decoder: say(f'after training: {check_decoder(decoder, checkpoint)}')
         from_rank_zero(lambda: remove(record.regression))  # it was for resuming
-        asked, new = None if known is None else table, new_to(config, checkpoint)
+        asked = None if known is None else table
         try: rows, votes = evaluate(config, decoder, encoder, asked, sets, known, new)
         except KeyboardInterrupt as error: raise Stopped(record.updates, record.checkpoint) from error
         contexts = contexts_shown(config, encoder, table, sets)

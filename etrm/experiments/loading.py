@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_ROWS', 'saved_config', 'explained', 'load_encoder', 'table_for', 'other_tasks', 'known_puzzles',
-           'reads_embeddings', 'check_embeddings', 'through', 'trained_on', 'new_to']
+           'reads_embeddings', 'check_embeddings', 'through', 'trained_on', 'trained_names', 'new_to']
 
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #3d94e583
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from typing import Callable, Iterable
 import torch
 from pydantic import ValidationError
 
+from ..basics.files import note
 from ..tasks.task import Task
 from ..data.puzzles import puzzle_data, PuzzleData
 from ..model.decoder import Decoder, DecoderConfig
@@ -127,16 +128,33 @@ def through(
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #720b8735
 def trained_on(
     checkpoint: str | Path | Checkpoint,
-) -> list[ExperimentConfig]:  # of the checkpoint and, if it is an encoder's, of the decoder that it was trained through
+) -> list[ExperimentConfig]:  # of the checkpoint, of the decoder that it was trained through or began as, and so on
     "The configurations whose tasks a checkpoint has seen: those it says."
-    said = read_config(checkpoint)
-    with explained(checkpoint):
-        return [ExperimentConfig.saved(found) for found in (said, said.get(TRAINED_THROUGH, {})) if 'tasks' in found]
+    found, said = [], read_config(checkpoint)
+    while said:
+        if 'tasks' in said:
+            with explained(checkpoint): found.append(ExperimentConfig.saved(said))
+        said = said.get(TRAINED_THROUGH)
+    return found
+
+
+def trained_names(
+    checkpoint: str | Path | Checkpoint,  # that does not say on which tasks it was trained
+) -> tuple[str, ...]:  # of its table's rows
+    "Whose embeddings a checkpoint has; where it does not say that either, it is said."
+    checkpoint = Checkpoint.of(checkpoint)
+    table = checkpoint.tensors['table']
+    if table and (names := checkpoint.row_names(len(table['weights']))): return names
+    note(f'{checkpoint} says neither on which tasks it was trained nor whose its embeddings are: which tasks are new to it is not known, and those that are called new are new to all else')
+    return ()
 
 
 def new_to(
-    config: ExperimentConfig,  # of an encoder
+    config: ExperimentConfig | None,  # of what is trained, or was; None where nothing is
     *checkpoints: str | Path | Checkpoint,  # its own, of the decoder that it was trained through, of what answers beside it
-) -> Callable[[str, PuzzleData], dict[str, bool]]:
-    "`newness` to all that was trained; a checkpoint that does not say on which tasks counts for nothing."
-    return newness(config, *(trained for checkpoint in checkpoints for trained in trained_on(checkpoint)))
+) -> Callable[[PuzzleData], dict[str, bool]]:
+    "`newness` to all that was trained."
+    said = {checkpoint: trained_on(checkpoint) for checkpoint in checkpoints}
+    names = [name for checkpoint, configs in said.items() if not configs for name in trained_names(checkpoint)]
+    own = [] if config is None else [config]
+    return newness(*own, *(trained for configs in said.values() for trained in configs), names=names)

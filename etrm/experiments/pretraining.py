@@ -96,7 +96,8 @@ def pretrain(
     if start is not None: start_from(start, decoder, None if fresh_table else table, data)
     settings = settings_of('pretrain', config, dict(start=start), fresh_table=fresh_table)
     with open_run(folder, settings, wandb_on) as run:
-        saved = TrainingCheckpoint(run, run.checkpoint, dict(decoder=decoder, table=table), config)
+        parts, began_as = dict(decoder=decoder, table=table), None if start is None else start.config
+        saved = TrainingCheckpoint(run, run.checkpoint, parts, config, began_as)
         if saved.state is RunState.TRAINED: saved.load()
         else: _train(config, saved, data, sets['training tasks'], until)
     return decoder.eval(), table.eval()

@@ -176,7 +176,7 @@ class TrainingCheckpoint:
         place: Path,  # the run's `checkpoint` or `regression`
         parts: dict[str, nn.Module],  # 'decoder', 'table', 'encoder': those that are trained, or needed to use it
         config: ExperimentConfig,
-        trained_as: dict | None = None,  # what the checkpoint of the decoder says that an encoder is trained through
+        trained_as: dict | None = None,  # what the checkpoint says whose decoder is trained through, or trained on
     ):
         self.run, self.place, self.parts, self.config, self.trained_as = run, place, parts, config, trained_as
 

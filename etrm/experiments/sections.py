@@ -90,6 +90,6 @@ class EvaluationConfig(Settings):
 
     @field_validator('others')
     @classmethod
-    def _two_can_be_exchanged(cls, value):
-        if value == 1: raise ValueError('the shuffled control exchanges the contexts of two tasks: give 0, or 2 and more')
+    def _two_can_be_exchanged(cls, value, info: ValidationInfo):
+        if value == 1 and not was_saved(info): raise ValueError('the shuffled control exchanges the contexts of two tasks: give 0, or 2 and more')
         return value

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..basics.distributed import from_rank_zero
 from ..basics.files import new_file
 from ..basics.provenance import asks
 from ..tasks.task import digest, Task
@@ -104,11 +105,11 @@ class StudyRun:
         "As of `settings_of`."
         (config, base), study = self.configs(), self.study
         more = dict(equal_compute=study.equal_compute, search_steps=study.search_steps)
-        if study.equal_compute: more['base'] = base.model_dump(mode='json')
+        if study.equal_compute: more |= dict(base=base.model_dump(mode='json'), counted='all matrix products')
         return settings_of('study', config, dict(decoder=self.checkpoint), **more)
 
 # %% ../../nbs/api/7_experiments/15_study_runs.ipynb #16a232fd
-Newness = Callable[[str, object], dict[str, bool]]  # as `newness` gives it
+Newness = Callable[[object], dict[str, bool]]  # as `newness` gives it
 
 
 def measured(
@@ -165,7 +166,7 @@ def _measured_all(
     rows, new = [], new_to(config, run.checkpoint)
     for name, tasks in sets.items():
         asks(name, len(tasks))
-        bits = new_view_bits_by_input(new(name, puzzle_data(tasks, decoder.config.canvas)), tasks)
+        bits = new_view_bits_by_input(new(puzzle_data(tasks, decoder.config.canvas)), tasks)
         rows += measured(decoder, encoder, config, tasks, dict(set=name, tasks_sha256=digest(tasks), new_views=bits))
     if not run.study.search_steps: return rows
     return rows + measured_searched(decoder, encoder, config, sets, run.study.search_steps, new)
@@ -230,4 +231,5 @@ def run_study(
         with open_run(folder / run.name, settings[run.name]) as record:
             if record.state is RunState.FINISHED: continue  # another process was faster
             run_variant(run, record, device)
-    return [row for path in finished(folder, study, settings) for row in read_json(path)]
+    found = from_rank_zero(lambda: finished(folder, study, settings))  # when its rows are written
+    return [row for path in found for row in read_json(path)]

@@ -6,8 +6,7 @@
 __all__ = ['make_task_sets', 'validation_tasks', 'training_rules', 'trained_tasks', 'known_tasks', 'newness']
 
 # %% ../../nbs/api/7_experiments/03_task_sets.ipynb #944e8a9d
-from functools import cache
-from typing import Callable
+from typing import Callable, Iterable
 
 import numpy as np
 
@@ -64,19 +63,21 @@ def known_tasks(
     if not names: return set()
     task_of = lambda view: Augmentation.from_name(view)[0]
     rule_of = lambda task: task.rpartition('-')[0] or task  # of RE-ARC the tasks RULE-0 and RULE-1
-    shared = np.isin(canonical_pairs(data.inputs, data.outputs, data.canvas), keys)
+    side = min(data.canvas, 64)  # keys are exact up to there, and do not depend on it
+    cropped = (t.reshape(-1, data.canvas, data.canvas)[:, :side, :side].reshape(-1, side**2) for t in (data.inputs, data.outputs))
+    shared = np.isin(canonical_pairs(*cropped, side), keys)
     by_pair = {task_of(view) for view, a, b in zip(data.names, data.start, data.stop) if shared[a:b].any()}
     return by_pair | {task for task in map(task_of, data.names) if names & {task, rule_of(task)}}
 
 
 def newness(
-    *configs: ExperimentConfig,  # of all that was trained, the encoder's first
-) -> Callable[[str, PuzzleData], dict[str, bool]]:  # of a set's name and its views: which are new
-    "Whether each view of a set's tasks is new to what was trained."
-    procedural, rules = configs[0].tasks.source == 'families', training_rules(*configs)
-    others = cache(lambda: trained_tasks(*configs))
-    def new(name, data):
-        if name == 'training tasks' and not procedural: return dict.fromkeys(data.names, False)
-        known, views = known_tasks(data, *others()), new_views(data, rules)
+    *configs: ExperimentConfig,  # of all that was trained
+    names: Iterable[str] = (),  # of tasks or their views that were trained on as well
+) -> Callable[[PuzzleData], dict[str, bool]]:  # of views: which are new
+    "Whether each view of some tasks is new to what was trained."
+    rules, (keys, trained) = training_rules(*configs), trained_tasks(*configs)
+    trained |= {Augmentation.from_name(name)[0] for name in names}
+    def new(data):
+        known, views = known_tasks(data, keys, trained), new_views(data, rules)
         return {view: is_new and Augmentation.from_name(view)[0] not in known for view, is_new in views.items()}
     return new

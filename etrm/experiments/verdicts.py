@@ -48,12 +48,17 @@ def verdict_file(verdicts: dict[str, Verdict]) -> dict:
     return first.as_dict() | dict(among=among, others={a: v.as_dict() for a, v in rest})
 
 
-def say_verdicts(verdicts: dict[str, Verdict]) -> str:
-    "The first verdict with its evidence, the others in a line each."
+def say_verdicts(
+    verdicts: dict[str, Verdict],
+    rows: list[dict],  # of the results
+) -> str:
+    "The first verdict with its evidence, the others in a line each; why there is none by new views."
     (among, first), *rest = verdicts.items()
     lines = [f'On {AMONG[among]}:', str(first)]
     if among == 'all views' and not rest:
-        lines += ['Which views are new is not known of these results: evaluate the checkpoint again for a verdict by new views.']
+        asked = any('new_views' in r for r in rows)
+        lines += ['Fewer than two of these tasks are new to what was trained on: this says nothing of new tasks.' if asked else
+                  'Which views are new is not known of these results: evaluate the checkpoint again for a verdict by new views.']
     return '\n'.join(lines + [f'On {AMONG[a]}: scenario {v.scenario}, {v.evidence[-1].measured}' for a, v in rest])
 
 # %% ../../nbs/api/7_experiments/11_verdicts.ipynb #bedfe3e9
@@ -70,11 +75,11 @@ def closing(
     of_new = lambda r: Rate.of(solved_among(r, 'new views').values()).as_dict()
     again = [r | of_new(r) | dict(set=f'{decides}, new views') for r in decisive]
     return f"""Does the encoder steer the {'frozen' if c.freeze_decoder else 'trained'} decoder to tasks that neither has seen? ({long} of {c.global_batch_size}, seed {c.seed})
-Tasks solved at the first answer, {config.evaluation.num_aug + 1} views voting (95% interval); in '{decides}, new views' those vote alone that no training rule explains:
+Tasks solved at the first answer, {config.evaluation.num_aug + 1} views voting (95% interval); in '{decides}, new views' those vote alone that are new to what was trained on:
 
 {format_results(again + rows)}
 
-{say_verdicts(verdicts)}
+{say_verdicts(verdicts, rows)}
 
 Figures, results, record and checkpoint: {folder}
 Next: make lab (look inside), etrm run --help (another setting), etrm scenario {folder} (this verdict)"""

@@ -54,14 +54,14 @@ def asked_sets(
     sets: dict[str, list[Task]],
     num_demos: int,  # K; a task may have fewer
     num_aug: int = 0,  # augmented views of each task beside its own
-    new: Callable[[str, PuzzleData], dict[str, bool]] | None = None,  # from `newness`; None: not asked
+    new: Callable[[PuzzleData], dict[str, bool]] | None = None,  # from `newness`; None: not asked
 ) -> Iterator[AskedSet]:
     "Each set, laid out when it is its turn."
     for name, tasks in sets.items():
         asks(name, len(tasks))
         data = puzzle_data(tasks, decoder.config.canvas, num_aug)
         queries = Queries.of(data, decoder, num_demos, search_batch(decoder, num_demos, gradients=False))
-        yield AskedSet(name, tasks, queries, new(name, data) if new else None)
+        yield AskedSet(name, tasks, queries, new(data) if new else None)
 
 # %% ../../nbs/api/6_search/02_asked.ipynb #e96f647f
 @torch.no_grad()

@@ -83,7 +83,9 @@ def export_official(
         if table is not None: tensors[_PREFIX + 'puzzle_emb.weights'] = table.weights
         with room_for(folder):
             torch.save(tensors, new / f'step_{step}')
-            (new / 'all_config.yaml').write_text(yaml.safe_dump(official_config(decoder, table, config)))
+            written = official_config(decoder, table, config)
+            if 'canvas' not in config.get('arch', {'canvas': 0}) and canvas is None: del written['arch']['canvas']  # 30 was assumed
+            (new / 'all_config.yaml').write_text(yaml.safe_dump(written))
             if table is not None and table.names is not None:
                 (new / 'identifiers.json').write_text(json.dumps(table.names))
     if table is not None and table.names is None:

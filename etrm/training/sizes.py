@@ -52,6 +52,7 @@ def decoder_config(
         raise CheckpointError(f"the configuration's 'arch' is {type(arch).__name__}, not keys and values")
     _check_arch(arch)
     known = {k: arch[k] for k in DecoderConfig.model_fields if k in arch}
+    if canvas and canvas != known.get('canvas', canvas): raise CheckpointError(f"arch.canvas is {known['canvas']}, and a canvas of {canvas} is asked for: leave it out")
     return DecoderConfig(**{'canvas': canvas or 30, **known, 'puzzle_emb_len': _context_length(arch)})
 
 # %% ../../nbs/api/4_training/07_sizes.ipynb #1a9c71eb
