@@ -85,7 +85,8 @@ def configuration_for(
     if name is None and 'arch' in saved: return None
     if name is None: return saved_config(checkpoint)
     config = load_config(name)
-    try: sizes = decoder_config(saved, config.decoder.canvas)
+    said = 'canvas' in (saved.get('arch') or ())  # what it says of its canvas is compared below
+    try: sizes = decoder_config(saved, None if said else config.decoder.canvas)
     except ValidationError as error:
         raise CheckpointError(f'{checkpoint}: its configuration does not describe a decoder: {error}') from error
     different = other_model(saved, sizes, config)
