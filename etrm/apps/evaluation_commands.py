@@ -26,7 +26,7 @@ from ..evaluation.votes import Votes
 from ..evaluation.submissions import score_submission, submission as submission_of
 from ..experiments.configurations import ExperimentConfig
 from ..experiments.task_sets import make_task_sets
-from ..experiments.loading import load_encoder, new_to, saved_config
+from ..experiments.loading import load_encoder, new_to
 from ..experiments import evaluating as methods, tables
 from ..experiments.verdicts import say_verdicts, verdict_file, verdicts_of
 from .commands import WHICH_TASKS, AsJson, Commands, DecoderPath, Device, DEFAULT_DECODER, announced, number_of
@@ -78,7 +78,7 @@ def evaluated(
         rows, votes = tables.evaluate_table(config, decoder, table)
     else:
         decoder, encoder, _ = load_encoder(checkpoint, device)
-        sets, new = make_task_sets(config)[1], new_to(saved_config(checkpoint), checkpoint)
+        sets, new = make_task_sets(config)[1], new_to(None, checkpoint)
         rows, votes = methods.evaluate(config, decoder, encoder, None, sets, new=new)
     return rows, dict(sorted(votes.items(), key=lambda item: item[0] != config.evaluation.decides))
 

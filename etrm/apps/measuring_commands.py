@@ -126,7 +126,7 @@ def search_curves(
     table = table_for(frozen, source) if {'mean', 'noise', 'retrieved'} & set(asked) else None
     start = None if learned is None else table_for(frozen, learned).contexts()[0].to(place)
     begin = Starts(encoder, table, tuple(asked), start)
-    new = new_to(config, *filter(None, (checkpoint, source, learned)))
+    new = new_to(None, *filter(None, (checkpoint, source, learned)))
     config = config.with_(tasks=dict(max_eval_groups=groups))
     if share is not None: lr = encoder_rate(encoder, share)
     search = asked_search(config.search, steps=steps, lr=lr, rule=rule)
@@ -215,7 +215,7 @@ def search_chains(
     table = table_for(frozen, source)
     contexts = table.contexts()
     library, second = contexts[:rows], dict(encoder=encoder, mean=contexts.mean(0), retrieved=None)[start]
-    plan, new = ChainConfig(lr=search_rate(table, lr), stages=planned), new_to(config, checkpoint, source)
+    plan, new = ChainConfig(lr=search_rate(table, lr), stages=planned), new_to(None, checkpoint, source)
     config, found = config.with_(tasks=dict(max_eval_groups=groups)), []
     with new_file(out) as write:
         if compiled: frozen.compile_parts('blocks')

@@ -89,7 +89,7 @@ def new_file(
     path: str | Path | None,  # None writes nothing
     ending: str | None = None,  # that the name must have, as '.png'
 ) -> Iterator[Callable[[str | bytes], None]]:  # writes the whole content
-    "A file that takes its place whole, at the end; what was there stays until then. Of several processes the first writes."
+    "A file that takes its place whole, at the end; what was there stays until then. One of several processes writes."
     if path is None or _writes_nothing(): yield lambda content: None; return
     path = Path(path).resolve()  # a link stays one: the file that it leads to is replaced
     if ending and path.suffix.lower() != ending: raise ValueError(f'{path} does not end in {ending}: that is what is written there')

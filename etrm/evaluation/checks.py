@@ -32,7 +32,12 @@ def config_differences(
     return [f'{k} {v} against {getattr(second, k)}' for k, v in first.model_dump().items() if v != getattr(second, k)]
 
 # %% ../../nbs/api/5_evaluation/06_checks.ipynb #aa6ec704
-def _last_logits(decoder: Decoder, inputs: Tensor, contexts: Tensor, extent: Tensor | None = None) -> Tensor:  # (B, S, V)
+def _last_logits(
+    decoder: Decoder,
+    inputs: Tensor,
+    contexts: Tensor,
+    extent: Tensor | None = None,  # (B, 2)
+) -> Tensor:  # (B, S, V)
     "The logits after all of the decoder's supervision steps; without an extent on the whole canvas."
     inputs, contexts = inputs.to(where_is(decoder)), contexts.to(where_is(decoder))
     if extent is None: extent = torch.full((len(inputs), 2), decoder.config.canvas)

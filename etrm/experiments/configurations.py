@@ -46,7 +46,7 @@ def memory_of(
     yield f'{groups} with tasks.num_aug={t.num_aug} makes a table of', rows * width, MOST_OF_ALL, 'numbers'
 
 # %% ../../nbs/api/7_experiments/02_configurations.ipynb #f7214675
-TRAINED_THROUGH = 'trained_through'  # by this key a checkpoint keeps the configuration of the decoder that it was trained through
+TRAINED_THROUGH = 'trained_through'  # a checkpoint's key for the configuration of its decoder's checkpoint
 
 
 class ExperimentConfig(Settings):

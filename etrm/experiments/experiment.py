@@ -146,7 +146,8 @@ def run(
     check_embeddings(config, trained_as, checkpoint); check_ends(config, sets)
     known = known_puzzles(trained_as, train, config) if table is not None else None
     if known is not None: check_names(table.names, known, checkpoint)
-    settings, new = settings_of('run', config, dict(decoder=checkpoint)), new_to(config, checkpoint)  # or said now
+    settings = settings_of('run', config, dict(decoder=checkpoint))
+    new = new_to(config, checkpoint)  # before the training: what it cannot read it says now
     folder = new_or_resumed(resume, runs, config.name)
     with open_run(folder, settings, wandb_on) as record:
         say(f'decoder {checkpoint}: {check_decoder(decoder, checkpoint)}')

@@ -150,8 +150,8 @@ def trained_names(
 
 
 def new_to(
-    config: ExperimentConfig | None,  # of what is trained, or was; None where nothing is
-    *checkpoints: str | Path | Checkpoint,  # its own, of the decoder that it was trained through, of what answers beside it
+    config: ExperimentConfig | None,  # of what is to be trained; None: nothing is
+    *checkpoints: str | Path | Checkpoint,  # that it is trained through, or that answer
 ) -> Callable[[PuzzleData], dict[str, bool]]:
     "`newness` to all that was trained."
     said = {checkpoint: trained_on(checkpoint) for checkpoint in checkpoints}

@@ -61,8 +61,9 @@ def side_by_side(
     same = same_sets(sets)
     for name, (decoder, encoder, config) in encoders.items():
         start, these = Starts(encoder, names=('encoder',)), {on: sets[name][on] for on in same}
+        new = new_to(None, checkpoints[name])
         def searched(num_aug, marks):
-            asked = asked_sets(decoder, these, config.num_demos, num_aug, new_to(config, checkpoints[name]))
+            asked = asked_sets(decoder, these, config.num_demos, num_aug, new)
             return search_curves(decoder, start, asked, config.search.with_(steps=marks[-1]), marks)
         found[name] = searched(0, marks)
         if views == 1: continue

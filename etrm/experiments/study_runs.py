@@ -189,8 +189,8 @@ def run_variant(
     began = time.monotonic()
     encoder = train_encoder(config, decoder, table, train, record, trained_as=trained_as)
     c, weights = config.train, sum(p.numel() for p in encoder.parameters())
-    about = dict(study=run.study.name, variant=run.variant, seed=run.seed, steps=record.updates, batch=c.global_batch_size,
-                 flops=cost * record.updates, weights=weights, seconds=round(time.monotonic() - began, 1))
+    about = dict(study=run.study.name, variant=run.variant, seed=run.seed, steps=record.updates,
+                 batch=c.global_batch_size, flops=cost * record.updates, weights=weights, seconds=round(time.monotonic() - began, 1))
     about |= last_values(record.rows)
     rows = [about | row for row in _measured_all(run, config, decoder, encoder, sets)]
     with new_file(record.folder / 'rows.json') as write: write(json.dumps(rows))

@@ -27,7 +27,7 @@ from ..data.queries import Queries
 from ..model.decoder import Decoder, DecoderConfig
 from ..model.contexts import PuzzleEmbedding
 from ..training.checksums import CheckpointError
-from ..training.sizes import decoder_config
+from ..training.sizes import decoder_config, says_canvas
 from ..training.row_names import check_names
 from ..training.checkpoints import Checkpoint, load_checkpoint, read_config, read_tensors, row_names
 from ..evaluation.votes import Predictions, Votes, concatenate
@@ -85,8 +85,7 @@ def configuration_for(
     if name is None and 'arch' in saved: return None
     if name is None: return saved_config(checkpoint)
     config = load_config(name)
-    said = 'canvas' in (saved.get('arch') or ())  # what it says of its canvas is compared below
-    try: sizes = decoder_config(saved, None if said else config.decoder.canvas)
+    try: sizes = decoder_config(saved, None if says_canvas(saved) else config.decoder.canvas)  # compared below
     except ValidationError as error:
         raise CheckpointError(f'{checkpoint}: its configuration does not describe a decoder: {error}') from error
     different = other_model(saved, sizes, config)

@@ -17,6 +17,7 @@ from ..basics.files import new_folder, note, room_for
 from ..model.decoder import Decoder
 from ..model.contexts import PuzzleEmbedding
 from .checksums import CheckpointError
+from .sizes import says_canvas
 from .saving import load_training_state
 from .checkpoints import Checkpoint, load_checkpoint
 
@@ -84,7 +85,7 @@ def export_official(
         with room_for(folder):
             torch.save(tensors, new / f'step_{step}')
             written = official_config(decoder, table, config)
-            if 'canvas' not in config.get('arch', {'canvas': 0}) and canvas is None: del written['arch']['canvas']  # 30 was assumed
+            if canvas is None and not says_canvas(config): del written['arch']['canvas']  # 30 was assumed
             (new / 'all_config.yaml').write_text(yaml.safe_dump(written))
             if table is not None and table.names is not None:
                 (new / 'identifiers.json').write_text(json.dumps(table.names))
