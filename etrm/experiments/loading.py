@@ -126,6 +126,9 @@ def through(
     return config.with_(decoder=decoder)
 
 # %% ../../nbs/api/7_experiments/06_loading.ipynb #720b8735
+_NOT_KNOWN = 'which tasks are new to it is not known, and those that are called new are new to all else'
+
+
 def trained_on(
     checkpoint: str | Path | Checkpoint,
 ) -> list[ExperimentConfig]:  # of the checkpoint, of the decoder that it was trained through or began as, and so on
@@ -134,6 +137,7 @@ def trained_on(
     while said:
         if 'tasks' in said:
             with explained(checkpoint): found.append(ExperimentConfig.saved(said))
+        elif found: note(f'{checkpoint} was trained through a decoder that does not say on which tasks it was trained: {_NOT_KNOWN}')
         said = said.get(TRAINED_THROUGH)
     return found
 
@@ -145,7 +149,7 @@ def trained_names(
     checkpoint = Checkpoint.of(checkpoint)
     table = checkpoint.tensors['table']
     if table and (names := checkpoint.row_names(len(table['weights']))): return names
-    note(f'{checkpoint} says neither on which tasks it was trained nor whose its embeddings are: which tasks are new to it is not known, and those that are called new are new to all else')
+    note(f'{checkpoint} says neither on which tasks it was trained nor whose its embeddings are: {_NOT_KNOWN}')
     return ()
 
 
