@@ -89,7 +89,8 @@ def test_the_fixture_survives_the_way_there_and_back(tmp_path):
     first, second = (torch.load(f, weights_only=True) for f in (FIXTURE / 'step_1', there))
     assert first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
     a, b = (yaml.safe_load((f.parent / 'all_config.yaml').read_text())['arch'] for f in (FIXTURE / 'step_1', there))
-    assert a == b
+    assert b == a | {'canvas': 10}  # read back, it is known
+    assert load_checkpoint(there.parent)[0].config == load_checkpoint(FIXTURE, canvas=10)[0].config
 
 
 # The folder as downloaded
