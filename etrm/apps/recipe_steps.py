@@ -20,6 +20,7 @@ from .evaluation_commands import evaluating
 from .search_commands import searching
 from .measuring_commands import measuring
 from .steering_commands import steering
+from .diagnosis_commands import diagnosing
 from .file_commands import files
 from .bench_commands import benching
 from .recipes import MACHINES, REFERENCE, Recipe, Step, load_recipe, recipe_file
@@ -27,7 +28,7 @@ from .recipes import MACHINES, REFERENCE, Recipe, Step, load_recipe, recipe_file
 # %% ../../nbs/api/8_apps/19_recipe_steps.ipynb #77eaf6ec
 _UsageError = typer.BadParameter.__base__  # click's, or that of a typer that brings its own click
 COMMANDS = {  # as click has them, by name
-    name: command for group in (training, evaluating, searching, measuring, steering, files, benching)
+    name: command for group in (training, evaluating, searching, measuring, steering, diagnosing, files, benching)
     for name, command in typer.main.get_command(group).commands.items()}
 
 

@@ -8,5 +8,5 @@ __all__ = ['MODULES']
 # %% ../../nbs/api/5_evaluation/00_index.ipynb #f3806899
 MODULES = (  # in reading order
     'votes', 'intervals', 'scores', 'submissions', 'answers', 'checks', 'verdict', 'rule_share',
-    'plots', 'findings',
+    'plots', 'findings', 'cycles',
 )

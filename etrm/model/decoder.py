@@ -229,10 +229,14 @@ class Decoder(_CroppedRecursion):
             e = self.embed(inputs, context)
             if self.reads_extents: z_H, z_L, logits = self.recur_cropped(z_H, z_L, e, extent)
             else: z_H, z_L, logits = self.recur(z_H, z_L, e)
-        q_halt, q_continue = self.q_head(z_H[:, 0].float()).unbind(-1)
+        q_halt, q_continue = self.q_head(z_H[:, 0].to(self.q_head.weight.dtype)).unbind(-1)
         steps = torch.where(carry.halted, 0, carry.steps) + 1
         halted = self.halt(steps, q_halt.detach())
-        return Carry(z_H.detach(), z_L.detach(), steps, halted), logits, (q_halt, q_continue)
+        return Carry(self.carried(z_H), self.carried(z_L), steps, halted), logits, (q_halt, q_continue)
+
+    def carried(self, z: Tensor) -> Tensor:
+        "A state as the next supervision step reads it: its gradient ends here."
+        return z.detach()
 
     def halt(self, steps: Tensor, q_halt: Tensor) -> Tensor:  # (B,) bool
         "Which slots stop: at the last step; in training also where q_halt > 0, some of them not before a later step."
