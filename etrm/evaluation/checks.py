@@ -65,7 +65,7 @@ def check_answers(
     differing = (ours.argmax(-1) != theirs.argmax(-1)).float().mean().item()
     difference = (ours - theirs).abs().max().item()
     if not difference <= tolerance:
-        raise CheckError(f'{differing:.1%} of the answers differ, logits by up to {difference:.3g}; the configurations differ in: {", ".join(keys) or "nothing, so the weights do"}')
+        raise CheckError(f'{differing:.1%} of the cells differ, logits by up to {difference:.3g}; the configurations differ in: {", ".join(keys) or "nothing, so the weights do"}')
     return dict(differing=differing, difference=difference)
 
 # %% ../../nbs/api/5_evaluation/06_checks.ipynb #05283d81
