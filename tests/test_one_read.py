@@ -52,6 +52,9 @@ COMMANDS = {  # and how many sets of queries it asks
     'compare-contexts {made}/encoder/checkpoint --decoder {made}/decoder/checkpoint': (['decoder', 'encoder'], 4),
     'evaluate {made}/encoder/checkpoint': (['encoder'], 4),
     'evaluate {made}/decoder/checkpoint': (['decoder'], 2),  # the copies are of each task's own view
+    'cycles {made}/decoder/checkpoint --l-cycles 2 --groups 2': (['decoder'], 1),
+    'cycles {made}/encoder/checkpoint --h-cycles 2 --groups 2': (['encoder'], 1),
+    'cut-gradients {made}/encoder/checkpoint --groups 2': (['encoder'], 1),
     'run cfg_test_frozen_decoder {changes} --decoder {made}/decoder/checkpoint --runs {made}/runs --no-wandb': (['decoder'], None),
 }
 
