@@ -70,7 +70,7 @@ def evaluated(
     device: torch.device,
 ) -> tuple[list[dict], dict[str, Votes]]:  # rows of the results; votes by set, the one that decides first
     "Results on the tasks that a configuration names."
-    if config is None: raise ValueError(f'{checkpoint} does not say which puzzles its table has rows for: give --data with the dataset it was trained on, or --config-name')
+    if config is None: raise tables.not_known(checkpoint)
     if max_eval_groups is not None: config = config.with_(tasks=dict(max_eval_groups=max_eval_groups))
     configured(config)
     if kind == 'trm':
