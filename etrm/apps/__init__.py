@@ -9,6 +9,7 @@ __all__ = ['MODULES']
 MODULES = (  # in reading order
     'exploration', 'explorer', 'plain_step', 'timing', 'bench_steps', 'bench', 'bench_data',
     'neighbours', 'inspection', 'commands', 'training_commands', 'evaluation_commands',
-    'search_commands', 'measuring_commands', 'steering_commands', 'file_commands', 'bench_commands',
-    'recipes', 'recipe_steps', 'recipe_runs', 'recipe_commands', 'shipping', 'diagnosis_commands', 'cli',
+    'search_commands', 'measuring_commands', 'steering_commands', 'diagnosis_commands',
+    'file_commands', 'bench_commands',
+    'recipes', 'recipe_steps', 'recipe_runs', 'recipe_commands', 'shipping', 'cli',
 )
