@@ -99,6 +99,8 @@ def cut_gradients(
     context, whole = context.detach(), uncut(decoder)
     both = lambda last: [context_gradient(d, batch, context, last) for d in (decoder, whole)]
     followed, full = both(False)
+    none = int((torch.stack([followed, full]).flatten(2).norm(dim=2) == 0).any(0).sum())
+    if none: raise ValueError(f'{none} of {len(context)} contexts get no gradient through the decoder: nothing that they say reaches its loss')
     drawn = torch.randn(context.shape, generator=torch.Generator().manual_seed(seed)).to(context.device)
     found = dict(cosine=_cosines(followed, full), last_cosine=_cosines(*both(True)),
                  change=loss_change(decoder, batch, context, followed),
