@@ -60,3 +60,13 @@ def test_a_commit_is_in_the_history(entry):
 def test_a_number_is_the_records(record, name, number):
     assert number['of'] == ASKED[NUMBERS[name][0]]
     assert record in number['file'] and solved(number, *NUMBERS[name]) == (number['solved'], number['of'])
+
+
+@pytest.mark.parametrize('entry', LOG, ids=lambda entry: entry['record'])
+def test_the_page_shows_an_entry_as_it_is(entry):
+    cells = json.loads((ROOT / 'nbs/14_comparisons.ipynb').read_text())['cells']
+    outputs = [out.get('data', {}) for cell in cells for out in cell.get('outputs', ())]
+    lines = [line for data in outputs for line in ''.join(data.get('text/markdown', '')).splitlines()]
+    (line,) = [line for line in lines if line.startswith(f"| {entry['commit'][:7]} |")]
+    words = [word.strip() for word in line.strip('|').split('|')]
+    assert words[1:8] == [str(entry[key]) for key in ('date', 'record', 'change', 'recipe', 'device', 'minutes', 'seeds')]

@@ -155,11 +155,11 @@ def search_table(summary: list[dict]) -> str:  # Markdown
 
 
 def what_to_trust(summary: list[dict]) -> str:
-    "Which of these answers stand on something, a line each."
+    "How far these answers are to be trusted, a line each."
     of = lambda which: f'{sum(map(which, summary))} of {len(summary)} tasks'
     every, none = of(lambda r: r['answered'] == r['demonstrations']), of(lambda r: not r['answered'])
-    return (f'All demonstrations explained: {every}. Trust these answers first.\n'
-            f'None explained: {none}. Take these answers for guesses.')
+    return (f'No demonstration explained: {none}. These answers are guesses.\n'
+            f'All demonstrations explained: {every}. On real tasks these are seldom right either.')
 
 # %% ../../nbs/api/8_apps/13_search_commands.ipynb #f3a64f2f
 Page = Annotated[Path, typer.Argument(help='HTML file to write, pictures included.')]

@@ -70,7 +70,7 @@ def pattern_kind(c: TasksConfig, canvas: int, density: float | None = None) -> P
 
 
 def pattern_sets(c: TasksConfig, canvas: int, num_demos: int) -> tuple[list[Task], dict[str, list[Task]]]:
-    "Programs to train on and, as `patterns`, programs of which no recolouring was trained on; denser ones too."
+    "Programs to train on and, as `patterns`, others, which differ under recolourings that keep colour 1; denser ones too."
     K, kind = num_demos, pattern_kind(c, canvas)
     if not c.max_train_groups: raise ValueError('tasks.max_train_groups is 0, all of them, but patterns have no end: say how many')
     if c.pairs_per_task + K + 1 > kind.places:
