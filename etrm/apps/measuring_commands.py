@@ -115,7 +115,7 @@ def search_curves(
     out: RowsFile = None,
     as_json: AsJson = False,
 ):
-    """Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean row
+    """Accuracy against gradient steps on the demonstrations, starting from the encoder's context, the mean embedding
     and noise.
     Example: etrm search-curves checkpoints/lineage_1/encoder/checkpoint --steps 5 --groups 8"""
     if lr is not None and share is not None: raise ValueError('--lr and --share both say the rate: give one of them')
@@ -175,7 +175,7 @@ def side_by_side(
 
 # %% ../../nbs/api/8_apps/14_measuring_commands.ipynb #93e61755
 EncoderThrough = Annotated[Path, typer.Argument(help='Checkpoint of an encoder run, trained through the decoder.')]
-SECOND = ('Where second contexts come from: encoder, or mean, the mean row, as a control; '
+SECOND = ('Where second contexts come from: encoder, or mean, the mean embedding, as a control; '
           'or retrieved: no first context, and one alone is searched, from the rows that answer best.')
 SecondContexts = Annotated[str, typer.Option(help=SECOND)]
 FIRST_ROWS = 'Only the first N rows of the table are tried as first contexts.'

@@ -39,8 +39,8 @@ from .commands import AsJson, Commands, Device, TasksPlace, announced, sizes_of
 searching = Commands()
 
 MOST_VIEWS = 1001  # a task's own and 1,000 augmented ones, as the official program
-RATE = ("Rate of the search; without it the search.lr of an encoder's configuration, or from a decoder's mean row, "
-        "and of chains, 0.14 of the standard deviation of the table's rows.")
+RATE = ("Rate of the search; without it the search.lr of an encoder's configuration, or from a decoder's mean "
+        "embedding, and of chains, 0.14 of the standard deviation of the table's rows.")
 SearchRate = Annotated[float | None, typer.Option(min=0, help=RATE)]
 RULE = ("How the search steps: adam, or normalised, along the gradient at RMS 1; "
         "without it the search.rule of an encoder's configuration, or adam; of chains normalised.")

@@ -100,7 +100,7 @@ def learn_start(
     seed: Annotated[int, typer.Option(min=0, help='Of the batches.')] = 0,
     device: Device = 'auto',
 ):
-    """Learn one start for the searches of all tasks, from the mean row, by first-order MAML on training tasks.
+    """Learn one start for the searches of all tasks, from the mean embedding, by first-order MAML on training tasks.
     Example: etrm learn-start checkpoints/lineage_1/decoder/checkpoint learned --rule normalised --updates 20"""
     place, source = announced(device), Checkpoint(decoder)
     with new_folder(out) as fresh:

@@ -60,7 +60,7 @@ class Starts:
     def __post_init__(self):
         if unknown := [s for s in self.names if s not in STARTS]: raise ValueError(f'there is no start {unknown[0]!r}; there are {", ".join(STARTS)}')
         of_table = [s for s in self.names if s in ('mean', 'noise', 'retrieved')]
-        if self.table is None and of_table: raise ValueError(f'{", ".join(of_table)}: the mean row, noise and retrieval need a table')
+        if self.table is None and of_table: raise ValueError(f'{", ".join(of_table)}: the mean embedding, noise and retrieval need a table')
         if self.learned is None and 'learned' in self.names:
             raise ValueError('learned: there is no start that was learned; etrm learn-start makes one')
 
