@@ -70,3 +70,9 @@ def test_the_page_shows_an_entry_as_it_is(entry):
     (line,) = [line for line in lines if line.startswith(f"| {entry['commit'][:7]} |")]
     words = [word.strip() for word in line.strip('|').split('|')]
     assert words[1:8] == [str(entry[key]) for key in ('date', 'record', 'change', 'recipe', 'device', 'minutes', 'seeds')]
+
+
+@pytest.mark.parametrize('entry', [e for e in LOG if (RECORDS / e['record'] / 'encoder/provenance.json').exists()], ids=lambda entry: entry['record'])
+def test_minutes_are_those_that_training_was_given(entry):
+    config = json.loads((RECORDS / entry['record'] / 'encoder/provenance.json').read_text())[-1]['config']
+    assert entry['minutes'] == sum(config[stage]['minutes'] for stage in ('pretrain', 'regression', 'train'))

@@ -66,7 +66,8 @@ def _of_table(
     device: str | torch.device,
 ) -> Asked:
     decoder, table, _ = load_checkpoint(source, config.decoder.canvas, device)
-    if table is None: raise ValueError(f'{source} holds neither an encoder nor a table: nothing says a task to its decoder')
+    if table is None:
+        raise ValueError(f'{source} holds neither an encoder nor a table: nothing says a task to its decoder')
     known, sets = puzzles_of(config, table)
     views = views_of(sets[OWN], known, config.decoder.canvas, 0)
     return Asked(decoder, table, OWN, sets[OWN], Queries.of(views, decoder))
@@ -112,7 +113,8 @@ def other_cycles(
     trained: DecoderConfig,
     asked: dict[str, str | None],  # by H_cycles and L_cycles: as the options give them
 ) -> list[dict[str, int]]:  # changes of the configuration, one number at a time
-    "The numbers of cycles that are asked for, but those trained with; a ValueError where there are none, or one cannot be."
+    """The numbers of cycles that are asked for, but those trained with.
+    A ValueError where none is left, or one cannot be."""
     found = []
     for key, text in asked.items():
         option = f"--{key.lower().replace('_', '-')}"
@@ -120,7 +122,8 @@ def other_cycles(
             if not 1 <= n <= 1000: raise ValueError(f'{option} has {n}: give numbers from 1 to 1000')
             if n != getattr(trained, key): found.append({key: n})
     if found: return found
-    raise ValueError(f'nothing to compare with: it was trained with {trained.H_cycles} H cycles and {trained.L_cycles} L cycles; give other numbers with --h-cycles or --l-cycles')
+    own = f'{trained.H_cycles} H cycles and {trained.L_cycles} L cycles'
+    raise ValueError(f'nothing to compare with: it was trained with {own}; give other numbers with --h-cycles or --l-cycles')
 
 
 def cycles_rows(
@@ -235,9 +238,10 @@ def gradients_table(
     cells = [[r['when'], len(r['cosine']), f"{np.median(r['cosine']):.2f}", Rate.of(np.array(r['cosine']) > .5),
               f"{np.median(r['last_cosine']):.2f}", median(r['norm']), median(r['whole_norm']),
               changed(r['change']), changed(r['random_change'])] for r in rows]
-    return markdown_table(['encoder', 'contexts', 'median cosine', 'above 0.5 (95% interval)', 'cosine of the last step alone',
-                           'median norm', 'of the whole', f"loss by a step along training's gradient (all {changes} together 95%)",
-                           'by a random step'], cells)
+    step = f"loss by a step along training's gradient (all {changes} together 95%)"
+    heads = ['encoder', 'contexts', 'median cosine', 'above 0.5 (95% interval)', 'cosine of the last step alone',
+             'median norm', 'of the whole', step, 'by a random step']
+    return markdown_table(heads, cells)
 
 
 @diagnosing.add
@@ -254,7 +258,8 @@ def cut_gradients(
     H cycles and between supervision steps it is cut off, so it may point elsewhere.
     Example: etrm cut-gradients checkpoints/lineage_1/report/checkpoint --groups 8"""
     place, source = announced(device), Checkpoint(checkpoint)
-    if not source.tensors['encoder']: raise ValueError(f'{checkpoint} holds no encoder: name the checkpoint of an encoder run')
+    if not source.tensors['encoder']:
+        raise ValueError(f'{checkpoint} holds no encoder: name the checkpoint of an encoder run')
     with new_file(out) as write:
         asked = own_queries(source, groups, place, batch_size)
         encoders = {'after training': asked.source}

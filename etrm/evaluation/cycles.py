@@ -104,7 +104,9 @@ def cut_gradients(
     cut, whole = (_same_weights(kind, decoder, forward_dtype='float32') for kind in (Decoder, Uncut))
     followed, full = (context_gradient(d, batch, context) for d in (cut, whole))
     none = int(((_norms(followed) == 0) | (_norms(full) == 0)).sum())
-    if none: raise ValueError(f'{none} of {len(context)} contexts get no gradient through the decoder: nothing that they say reaches its loss')
+    if none:
+        of = f'{none} of {len(context)} contexts'
+        raise ValueError(f'{of} get no gradient through the decoder: nothing that they say reaches its loss')
     of_last = (context_gradient(d, batch, context, last=True) for d in (cut, whole))
     found = dict(cosine=_cosines(followed, full), last_cosine=_cosines(*of_last),
                  norm=_norms(followed), whole_norm=_norms(full),
